@@ -1,0 +1,3 @@
+from pytq.cli import main
+
+main(prog_name="pytq")
