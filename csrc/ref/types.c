@@ -1,0 +1,138 @@
+// Types table: csrc/types.def expanded into rows with the derived offsets.
+#include "../pytq.h"
+
+#include <string.h>
+
+#define SCALE_FP16 PYTQ_SCALE_FP16
+#define SCALE_LOG8 PYTQ_SCALE_LOG8
+#define CODE_SCALAR PYTQ_CODE_SCALAR
+#define CODE_TRELLIS PYTQ_CODE_TRELLIS
+
+typedef struct {
+    const char *flag;
+    enum pytq_code code;
+    enum pytq_scale scale;
+} family_row;
+
+enum {
+#define PYTQ_FAMILY(name, index, code, scale) FAMILY_##name = index, SB_##name = PYTQ_SCALE_##scale,
+#include "../types.def"
+};
+
+static const family_row families[] = {
+#define PYTQ_FAMILY(name, index, code, scale) [index] = {#name, CODE_##code, SCALE_##scale},
+#include "../types.def"
+};
+
+#define N_FAMILIES ((int) (sizeof(families) / sizeof(families[0])))
+
+// Coordinates of plane p: all groups with more than p bits.
+#define PL(p, n0, b0, n1, b1, n2, b2) (((b0) > (p) ? (n0) : 0) + ((b1) > (p) ? (n1) : 0) + ((b2) > (p) ? (n2) : 0))
+#define NG(n1, n2) (1 + ((n1) > 0) + ((n2) > 0))
+#define OFF0(sb, ...) (sb)
+#define OFF1(sb, ...) (OFF0(sb, __VA_ARGS__) + PL(0, __VA_ARGS__) / 8)
+#define OFF2(sb, ...) (OFF1(sb, __VA_ARGS__) + PL(1, __VA_ARGS__) / 8)
+#define OFF3(sb, ...) (OFF2(sb, __VA_ARGS__) + PL(2, __VA_ARGS__) / 8)
+#define OFF4(sb, ...) (OFF3(sb, __VA_ARGS__) + PL(3, __VA_ARGS__) / 8)
+#define OFF5(sb, ...) (OFF4(sb, __VA_ARGS__) + PL(4, __VA_ARGS__) / 8)
+
+#define ROW(F, slot, hd, sb, n0, b0, n1, b1, n2, b2)                                                                           \
+    {                                                                                                                          \
+        .id = PYTQ_TYPE_BASE + PYTQ_FAMILY_STRIDE * FAMILY_##F + (slot), .head_dim = (hd), .n_groups = NG(n1, n2),             \
+        .group_len = {n0, n1, n2}, .group_bits = {b0, b1, b2}, .n_planes = (b0),                                               \
+        .plane_len = {PL(0, n0, b0, n1, b1, n2, b2), PL(1, n0, b0, n1, b1, n2, b2), PL(2, n0, b0, n1, b1, n2, b2),             \
+                      PL(3, n0, b0, n1, b1, n2, b2), PL(4, n0, b0, n1, b1, n2, b2)},            \
+        .plane_off = {OFF0(sb, n0, b0, n1, b1, n2, b2), OFF1(sb, n0, b0, n1, b1, n2, b2), OFF2(sb, n0, b0, n1, b1, n2, b2),    \
+                      OFF3(sb, n0, b0, n1, b1, n2, b2), OFF4(sb, n0, b0, n1, b1, n2, b2)},   \
+        .block_bytes = OFF5(sb, n0, b0, n1, b1, n2, b2), PYTQ_ROW_NAMES(F, hd)                                                 \
+    }
+
+enum {
+#define PYTQ_FAMILY(name, index, c, s) CODE_OF_##name = CODE_##c, SCALE_OF_##name = SCALE_##s,
+#include "../types.def"
+};
+
+#define PYTQ_ROW_NAMES(F, hd) .name = #F "_d" #hd, .family = #F, .code = (enum pytq_code) CODE_OF_##F, .scale = (enum pytq_scale) SCALE_OF_##F
+
+static const pytq_type_info types[] = {
+#define PYTQ_TYPE(F, slot, hd, n0, b0, n1, b1, n2, b2) ROW(F, slot, hd, (NG(n1, n2) * SB_##F), n0, b0, n1, b1, n2, b2),
+#include "../types.def"
+};
+
+#define N_TYPES ((int) (sizeof(types) / sizeof(types[0])))
+
+const pytq_type_info *pytq_type_at(int i) { return i >= 0 && i < N_TYPES ? &types[i] : NULL; }
+
+const pytq_type_info *pytq_type_get(int id) {
+    for (int i = 0; i < N_TYPES; i++) {
+        if (types[i].id == id) {
+            return &types[i];
+        }
+    }
+    return NULL;
+}
+
+int pytq_is_type(int id) { return pytq_type_name(id) != NULL; }
+
+static int family_of(int id) {
+    const int f = id < PYTQ_TYPE_BASE ? -1 : (id - PYTQ_TYPE_BASE) / PYTQ_FAMILY_STRIDE;
+    return f < N_FAMILIES ? f : -1;
+}
+
+const char *pytq_type_name(int id) {
+    const pytq_type_info *t = pytq_type_get(id);
+    if (t) {
+        return t->name;
+    }
+    const int f = family_of(id);
+    return f >= 0 && (id - PYTQ_TYPE_BASE) % PYTQ_FAMILY_STRIDE == 0 ? families[f].flag : NULL;
+}
+
+int pytq_type_from_name(const char *name) {
+    for (int f = 0; f < N_FAMILIES; f++) {
+        if (strcmp(name, families[f].flag) == 0) {
+            return PYTQ_TYPE_BASE + PYTQ_FAMILY_STRIDE * f;
+        }
+    }
+    for (int i = 0; i < N_TYPES; i++) {
+        if (strcmp(name, types[i].name) == 0) {
+            return types[i].id;
+        }
+    }
+    return -1;
+}
+
+int pytq_type_resolve(int id, int head_dim, int split) {
+    const int f = family_of(id);
+    if (f < 0) {
+        return -1;
+    }
+    const char *want = families[f].flag;
+    const size_t len = strlen(want);
+    for (int i = 0; i < N_TYPES; i++) {
+        const pytq_type_info *t = &types[i];
+        if (t->head_dim != head_dim) {
+            continue;
+        }
+        const int same = strcmp(t->family, want) == 0;
+        const int as_split = split && strncmp(t->family, want, len) == 0 && strcmp(t->family + len, "s") == 0;
+        if (split ? as_split : same) {
+            return t->id;
+        }
+    }
+    return split ? pytq_type_resolve(id, head_dim, 0) : -1;
+}
+
+// ------------------------------------------------------------------------------------------------ codebooks
+
+#define PYTQ_CODEBOOK(c, bits, n, stepsize, ...) static const pytq_codebook codebook_##c##_##bits = {.n_levels = n, .step = stepsize, .levels = {__VA_ARGS__}};
+#include "../codebooks.def"
+
+const pytq_codebook *pytq_codebook_get(enum pytq_code code, int bits) {
+#define PYTQ_CODEBOOK(c, b, n, stepsize, ...)                                                                                  \
+    if (code == CODE_##c && bits == (b)) {                                                                                     \
+        return &codebook_##c##_##b;                                                                                            \
+    }
+#include "../codebooks.def"
+    return NULL;
+}
