@@ -121,7 +121,9 @@ def find_build(kind: Kind, backend: str = "cpu") -> BuildDir:
     if named:
         build = open_build(Path(named).expanduser().absolute(), kind, backend)
         if build is None:
-            raise PytqError(f"{variable}={named} holds no build: bin/llama-bench and {library_name()} are expected")
+            raise PytqError(
+                f"{variable}={named} holds no build: bin/llama-bench and {library_name()} are expected"
+            )
         return build
 
     from pytq import build as builder
