@@ -6,47 +6,26 @@
 //         [ C - I  -C - I ]
 // Symmetry matters: H is then its own inverse, and one matrix serves queries, keys and outputs.
 // GF(9) = GF(3)[i] with i^2 = -1; there chi(a + bi) = (a + bi)^4 = a^2 + b^2 mod 3, read as 0, 1 or -1.
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC optimize("fp-contract=off")
-#endif
 #include "hadamard.h"
+
+#include "clones.h"
 
 #include <math.h>
 
-static int chi5(int x) {
-    static const int table[5] = { 0, 1, -1, -1, 1 };
-    return table[(x + 5) % 5];
-}
+// Row i of the dense factor: bit j set where the entry is -1. The construction itself is in pytq/codec/rotation.py and
+// a test compares.
+// clang-format off
+static const unsigned rows12[12] = {
+    0x00040, 0x00698, 0x00d30, 0x00aa2, 0x00586, 0x00b0c, 0x00fc1, 0x009da, 0x003f4, 0x0076a,
+    0x00e56, 0x00cec };
+static const unsigned rows20[20] = {
+    0x00400, 0xd8b60, 0xb52d0, 0x6e1b0, 0xc730c, 0xaaa8a, 0x71986, 0x3b06c, 0x5685a, 0x8d836,
+    0xffc01, 0x27f62, 0x4bed4, 0x93db8, 0x3cf1c, 0x5d6aa, 0x9e5c6, 0xe4cec, 0xe955a, 0xf2636 };
+// clang-format on
+static const unsigned rows1[1] = { 0 };
 
-static int chi9(int x, int y) {
-    const int a = (x / 3 - y / 3 + 3) % 3;
-    const int b = (x % 3 - y % 3 + 3) % 3;
-    const int n = (a * a + b * b) % 3;
-    return n == 2 ? -1 : n;
-}
-
-// Entry of the symmetric conference matrix of order q + 1: a border of ones around chi(x - y).
-static int conference(int q, int i, int j) {
-    if (i == j) {
-        return 0;
-    }
-    if (i == 0 || j == 0) {
-        return 1;
-    }
-    return q == 5 ? chi5(i - j) : chi9(i - 1, j - 1);
-}
-
-static int base_entry(int base, int i, int j) {
-    if (base == 1) {
-        return 1;
-    }
-    const int h   = base / 2;
-    const int c   = conference(h - 1, i % h, j % h);
-    const int eye = i % h == j % h;
-    if (i < h && j < h) {
-        return c + eye;
-    }
-    return i >= h && j >= h ? -c - eye : c - eye;
+static const unsigned * base_rows(int base) {
+    return base == 1 ? rows1 : base == 12 ? rows12 : rows20;
 }
 
 int pytq_hadamard_base(int n) {
@@ -77,19 +56,20 @@ int pytq_hadamard(float * out, int n) {
     if (base == 0) {
         return -1;
     }
-    const int   run   = n / base;
-    const float scale = (float) (1.0 / sqrt((double) n));
+    const unsigned * rows  = base_rows(base);
+    const int        run   = n / base;
+    const float      scale = (float) (1.0 / sqrt((double) n));
     for (int i = 0; i < n; i++) {
         for (int j = 0; j < n; j++) {
-            const int sign          = base_entry(base, i / run, j / run);
-            const int flip          = parity((unsigned) (i % run) & (unsigned) (j % run));
-            out[(long) i * n + j] = (sign < 0) != flip ? -scale : scale;
+            const int sign        = (int) (rows[i / run] >> (j / run) & 1u);
+            const int flip        = parity((unsigned) (i % run) & (unsigned) (j % run));
+            out[(long) i * n + j] = sign != flip ? -scale : scale;
         }
     }
     return 0;
 }
 
-int pytq_hadamard_apply(float * x, int n) {
+PYTQ_CLONES int pytq_hadamard_apply(float * x, int n) {
     const int base = pytq_hadamard_base(n);
     if (base == 0) {
         return -1;
@@ -106,24 +86,27 @@ int pytq_hadamard_apply(float * x, int n) {
         }
     }
     if (base > 1) {
-        signed char sign[20 * 20];
-        for (int i = 0; i < base; i++) {
-            for (int j = 0; j < base; j++) {
-                sign[i * base + j] = (signed char) base_entry(base, i, j);
-            }
-        }
-        for (int j = 0; j < run; j++) {
-            float in[20];
+        const unsigned * rows = base_rows(base);
+        // Eight columns at a time, so that the sums run in vector registers; run is a power of two.
+        const int width = run < 8 ? run : 8;
+        for (int j = 0; j < run; j += width) {
+            float in[20][8];
             for (int r = 0; r < base; r++) {
-                in[r] = x[r * run + j];
-            }
-            for (int r = 0; r < base; r++) {
-                // 0 + first term is exact up to the sign of zero, which NumPy's sum shares.
-                float sum = 0.0f;
-                for (int k = 0; k < base; k++) {
-                    sum = sign[r * base + k] < 0 ? sum - in[k] : sum + in[k];
+                for (int c = 0; c < width; c++) {
+                    in[r][c] = x[r * run + j + c];
                 }
-                x[r * run + j] = sum;
+            }
+            for (int r = 0; r < base; r++) {
+                float sum[8] = { 0.0f };
+                for (int k = 0; k < base; k++) {
+                    const float sign = rows[r] >> k & 1u ? -1.0f : 1.0f;
+                    for (int c = 0; c < width; c++) {
+                        sum[c] += sign * in[k][c];
+                    }
+                }
+                for (int c = 0; c < width; c++) {
+                    x[r * run + j + c] = sum[c];
+                }
             }
         }
     }
