@@ -1,0 +1,1 @@
+"""Speed of cache types against an unpatched build: ``shapes``, ``runner``, ``stats``, ``report``."""

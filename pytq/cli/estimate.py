@@ -1,0 +1,117 @@
+"""``pytq estimate``: what a KV cache will take before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from pytq import estimate as est
+
+
+@click.command("estimate")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--ctx", "-c", type=int, help="Tokens of context in total (default: the model's limit, at most 32768)."
+)
+@click.option("--types", default=est.DEFAULT_PAIRS, show_default=True, help="Cache types or K/V pairs.")
+@click.option("--budget", help="Memory for weights, cache and compute together, such as 8GiB.")
+@click.option("--parallel", "-np", type=int, default=1, show_default=True, help="Sequences that share --ctx.")
+@click.option("--unified", is_flag=True, help="One cache for all sequences (--kv-unified).")
+@click.option(
+    "--ubatch", type=int, default=est.N_UBATCH, show_default=True, help="llama.cpp's --ubatch-size."
+)
+@click.option(
+    "--profile", is_flag=True, help="Count the layout that kv types use for K when a profile is loaded."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON only.")
+def command(
+    model: Path,
+    ctx: int | None,
+    types: str,
+    budget: str | None,
+    parallel: int,
+    unified: bool,
+    ubatch: int,
+    profile: bool,
+    as_json: bool,
+) -> None:
+    """Bytes of the KV cache of MODEL per cache type, and the flags to paste.
+
+    With --budget: the largest context per type that fits beside the weights.
+    """
+    pairs = est.parse_pairs(types)
+    size = est.parse_bytes(budget) if budget is not None else None
+    info = est.open_model(model)
+    shape = info.hparams
+    n_ctx = ctx if ctx is not None else min(shape.n_ctx_train, 32768) * (1 if unified else parallel)
+    plan = est.Plan(n_ctx, parallel, unified, ubatch)
+    rows = est.estimate(info, pairs, plan, size, profile)
+    if as_json:
+        out = {
+            "model": str(model),
+            "architecture": shape.arch,
+            "n_ctx": n_ctx,
+            "n_ctx_train": shape.n_ctx_train,
+            "parallel": parallel,
+            "cells": plan.cells,
+            "swa_cells": plan.swa_cells(shape.n_swa) if shape.n_swa else None,
+            "weights_bytes": info.weights,
+            "compute_bytes": est.compute_bytes(info, plan),
+            "budget_bytes": size,
+            "notes": list(shape.notes),
+            "types": rows,
+        }
+        click.echo(json.dumps(out, indent=1))
+        return
+    _print(info, plan, rows, size)
+
+
+def _print(info: est.ModelInfo, plan: est.Plan, rows: list[dict], budget: int | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    shape = info.hparams
+    console = Console()
+    dims = "/".join(map(str, shape.head_dims)) or "none"
+    kinds = {
+        kind: sum(x.kind == kind for x in shape.layers) for kind in ("full", "swa", "shared", "recurrent")
+    }
+    parts = ", ".join(f"{n} {kind}" for kind, n in kinds.items() if n)
+    console.print(
+        f"{shape.name} ({shape.arch}): {shape.n_layer} layers ({parts}), head_dim {dims},"
+        f" limit {shape.n_ctx_train} tokens, weights {est.human(info.weights)}",
+        highlight=False,
+    )
+    slots = f" for {plan.n_seq} sequences" if plan.n_seq > 1 else ""
+    table = Table(title=f"KV cache at {plan.n_ctx} tokens{slots}", title_justify="left")
+    table.add_column("type")
+    for name in ("bits/value", "K MiB", "V MiB", "cache MiB", "with weights"):
+        table.add_column(name, justify="right")
+    if budget is not None:
+        table.add_column(f"largest context in {est.human(budget)}", justify="right")
+    table.add_column("flags", no_wrap=True)
+    for row in rows:
+        name = est.pair_name(row["type_k"], row["type_v"])
+        if "error" in row:
+            empty = ["-"] * (5 + (budget is not None))
+            table.add_row(name, *empty, row["error"])
+            continue
+        cells = [f"{row['bits_per_value']:.3f}"]
+        cells += [f"{row[key] / est.MIB:.2f}" for key in ("k_bytes", "v_bytes", "cache_bytes")]
+        cells.append(est.human(row["total_bytes"]))
+        flags = row["flags"]
+        if budget is not None:
+            best = row["max_ctx"]
+            limited = (
+                best // (1 if plan.unified else plan.n_seq) >= shape.n_ctx_train // est.CTX_PAD * est.CTX_PAD
+            )
+            cells.append(f"{best} (model's limit)" if limited else str(best) if best else "does not fit")
+            flags = row["max_ctx_flags"] or ""
+        table.add_row(name, *cells, flags)
+    console.print(table)
+    for note in shape.notes:
+        console.print(f"note: {note}", highlight=False)
+    if any(row.get("patched") for row in rows):
+        console.print("note: turbo, kv, mxfp4 and nvfp4 caches need the patched build (pytq serve, pytq run)")
