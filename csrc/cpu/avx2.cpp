@@ -1,0 +1,5 @@
+// Not written yet: the scalar tier serves.
+#include "tiers.h"
+extern "C" {
+const pytq_cpu_tier_row *const pytq_tier_avx2 = nullptr;
+}
