@@ -119,9 +119,13 @@ def _nbytes(dims: tuple[int, ...]) -> int:
 
 
 def write_model(
-    shape: Shape, name: str, vocab: Path, target: Path, progress: Callable[[int], None] = lambda done: None
+    shape: Shape,
+    name: str,
+    vocab: Path,
+    target: Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Writes the model atomically; ``progress`` gets the bytes of tensor data written so far.
+    """Writes the model atomically; ``progress`` gets the bytes of tensor data written so far, and all.
 
     Raises PytqError when ``vocab`` has no tokenizer or the disk is full.
     """
@@ -130,7 +134,8 @@ def write_model(
     if tokens is None:
         raise PytqError(f"{vocab}: has no tokenizer to take the vocabulary from")
     plan = list(tensors(shape, tokens.count))
-    need = model_bytes(shape, tokens.count) + (64 << 20)
+    total = model_bytes(shape, tokens.count)
+    need = total + (64 << 20)
     free = _free_bytes(target.parent)
     if free < need:
         raise PytqError(f"{name} needs {need >> 20} MiB in {target.parent}, {free >> 20} MiB are free")
@@ -151,7 +156,7 @@ def write_model(
             for chunk in _data(dims, random):
                 out.write(chunk)
                 done += len(chunk)
-                progress(done)
+                progress(done, total)
             out.write(bytes(-out.tell() % DEFAULT_ALIGNMENT))
 
 

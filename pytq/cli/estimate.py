@@ -90,13 +90,12 @@ def _print(info: est.ModelInfo, plan: est.Plan, rows: list[dict], budget: int | 
     for name in ("bits/value", "K MiB", "V MiB", "cache MiB", "with weights"):
         table.add_column(name, justify="right")
     if budget is not None:
-        table.add_column(f"largest context in {est.human(budget)}", justify="right")
-    table.add_column("flags", no_wrap=True)
+        table.add_column(f"fits {est.human(budget)}", justify="right")
+    errors, lines = [], []
     for row in rows:
         name = est.pair_name(row["type_k"], row["type_v"])
         if "error" in row:
-            empty = ["-"] * (5 + (budget is not None))
-            table.add_row(name, *empty, row["error"])
+            errors.append(f"{name}: {row['error']}")
             continue
         cells = [f"{row['bits_per_value']:.3f}"]
         cells += [f"{row[key] / est.MIB:.2f}" for key in ("k_bytes", "v_bytes", "cache_bytes")]
@@ -107,10 +106,17 @@ def _print(info: est.ModelInfo, plan: est.Plan, rows: list[dict], budget: int | 
             limited = (
                 best // (1 if plan.unified else plan.n_seq) >= shape.n_ctx_train // est.CTX_PAD * est.CTX_PAD
             )
-            cells.append(f"{best} (model's limit)" if limited else str(best) if best else "does not fit")
+            cells.append(f"{best} *" if limited else str(best) if best else "does not fit")
             flags = row["max_ctx_flags"] or ""
-        table.add_row(name, *cells, flags)
+        table.add_row(name, *cells)
+        if flags:
+            lines.append(flags)
     console.print(table)
+    console.print("flags to paste:", highlight=False)
+    for line in [*lines, *errors]:
+        console.print(f"  {line}", highlight=False, markup=False)
+    if budget is not None:
+        console.print("* the model's own limit", highlight=False)
     for note in shape.notes:
         console.print(f"note: {note}", highlight=False)
     if any(row.get("patched") for row in rows):
