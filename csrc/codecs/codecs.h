@@ -35,6 +35,7 @@ typedef struct pytq_codec {
     int           rotation;
     int           n_proj;        // rows of the QJL projection, a multiple of 16; prod and qjl
     int           wide;          // scalars as float32 (1) or fp16 (0)
+    int           fast;          // rabitq: the scale that suits a Gaussian (1) instead of the searched one (0)
     const float * signs;         // HADAMARD: dim values of +-1, applied before H
     const float * matrix;        // MATRIX: dim x dim, row-major
     const float * matrix_t;      // its transpose

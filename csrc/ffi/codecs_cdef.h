@@ -9,6 +9,7 @@ typedef struct pytq_codec {
     int rotation;
     int n_proj;
     int wide;
+    int fast;
     const float *signs;
     const float *matrix;
     const float *matrix_t;

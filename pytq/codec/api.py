@@ -10,7 +10,7 @@ from typing import Any, Callable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pytq.codec import polarquant, qjl, rabitq, turboquant
+from pytq.codec import block, polarquant, qjl, rabitq, table, turboquant
 from pytq.codec.rotation import Rotation, gaussian, matvec
 from pytq.codec.scalars import F32, U8, dot16, exponent_of, get_scalar, halves, put_scalar, qjl_factor, scale2
 from pytq.errors import PytqError
@@ -29,6 +29,8 @@ GGML = {
 NAMES = (*PAPER, *BLOCK, *GGML)
 BACKENDS = ("c", "numpy")
 MAX_DIM = 4096
+# norms up to this times sqrt(4096) stay below 2^14, the largest scale of any format here
+LARGE = 256.0
 
 
 def codec(
@@ -40,6 +42,7 @@ def codec(
     backend: str = "c",
     scalars: str = "f16",
     projections: int | None = None,
+    search: str = "exact",
 ) -> Codec:
     """Makes a codec of vectors of length ``head_dim``.
 
@@ -56,6 +59,7 @@ def codec(
             are those of libggml-base of the stock build; in NumPy those of the ``gguf`` package.
         scalars: ``f16`` or ``f32``, the type of stored norms and radii (papers' codecs only).
         projections: rows of QJL's projection, a multiple of 16; default head_dim (qjl and prod only).
+        search: RaBitQ's scale per vector: ``exact`` (2409.09913, algorithm 1) or ``fast`` (one fixed scale).
 
     Raises:
         PytqError: an unknown name or an argument outside these limits.
@@ -70,8 +74,11 @@ def codec(
         raise PytqError(f"unknown type of scalars {scalars!r}: f16 or f32")
     if not isinstance(seed, (int, np.integer)) or seed < 0:
         raise PytqError(f"seed must be a non-negative integer, not {seed!r}")
+    if search not in ("exact", "fast") or (search == "fast" and name != "rabitq"):
+        raise PytqError(f"search must be exact, or fast for rabitq, not {search!r}")
     if name in PAPER:
-        return PaperCodec(name, int(head_dim), bits, rotation, int(seed), backend, scalars, projections)
+        fast = search == "fast"
+        return PaperCodec(name, int(head_dim), bits, rotation, int(seed), backend, scalars, projections, fast)
     if bits is not None:
         raise PytqError(f"{name} has a fixed rate: leave bits out")
     if scalars != "f16" or projections is not None:
@@ -272,6 +279,7 @@ class PaperCodec(Codec):
         backend: str,
         scalars: str,
         projections: int | None,
+        fast: bool,
     ) -> None:
         if head_dim % 16:
             raise PytqError(f"head_dim must be a multiple of 16 for {name}, not {head_dim}")
@@ -289,7 +297,7 @@ class PaperCodec(Codec):
         m = projections if projections is not None else head_dim
         if projected and (not isinstance(m, (int, np.integer)) or m % 16 or not 16 <= m <= MAX_DIM):
             raise PytqError(f"projections must be a multiple of 16 from 16 to {MAX_DIM}, not {m!r}")
-        self.m, self.wide, d = int(m), scalars == "f32", head_dim
+        self.m, self.wide, self.fast, d = int(m), scalars == "f32", fast, head_dim
         s = 4 if self.wide else 2
         size = {
             "turboquant_mse": lambda b: s + d // 8 * b,
@@ -310,6 +318,7 @@ class PaperCodec(Codec):
                 bits=int(bits or 0),
                 n_proj=self.m,
                 wide=int(self.wide),
+                fast=int(fast),
                 proj=self.proj,
                 proj_t=self.proj_t,
             )
@@ -340,7 +349,7 @@ class PaperCodec(Codec):
             elif self.method == "qjl":
                 parts = qjl.encode(y, self.proj_t)
             else:
-                parts, more = rabitq.encode(y, norm, self._bits, self.wide)
+                parts, more = rabitq.encode(y, norm, self._bits, self.wide, self.fast)
             parts, fits = [raw, *parts], fits & more
         if not fits.all():
             raise _unfit(first + int(np.argmin(fits)))
@@ -426,13 +435,20 @@ class _Rotated(Codec):
         return self.struct.rotate(x) if self.struct else self.rotation.forward(x)
 
     def _encode(self, x: F32, out: U8, first: int) -> None:
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             y = self._to(x)
-            # fp16 norms and scales of ggml overflow silently: what decodes to infinity is refused here
             self._quantize(y, out)
-            finite = np.isfinite(self._dequantize(out)).all(axis=1) if np.abs(y).max(initial=0) > 1000 else [True]
-        if not np.all(finite):
-            raise PytqError(f"vector {first + int(np.argmin(finite))} is too large for the scale of {self.name}")
+            # These formats saturate, or store what is not finite as zero, without a word. Within range no scale is
+            # at its end, so only large vectors are decoded again and compared.
+            large = np.flatnonzero(~(np.abs(y).max(axis=1, initial=0) < LARGE))
+            if len(large):
+                before = y[large].astype(np.float64)
+                error = ((self._dequantize(np.ascontiguousarray(out[large])) - before) ** 2).sum(axis=1)
+                bad = ~(error < 0.5 * (before**2).sum(axis=1))
+                if bad.any():
+                    raise PytqError(
+                        f"vector {first + int(large[np.argmax(bad)])} is too large for the scale of {self.name}"
+                    )
 
     def _decode(self, codes: U8, out: F32) -> None:
         y = self._dequantize(codes)
@@ -455,36 +471,23 @@ class BlockCodec(_Rotated):
     """pytq's ggml cache types (csrc/ref and csrc/cpu; docs/format.md): one block per head vector."""
 
     def __init__(self, name: str, head_dim: int, rotation: str, seed: int, backend: str) -> None:
-        from pytq import ffi as binding
-
-        lib = binding.lib()
-        type_id = lib.pytq_type_resolve(lib.pytq_type_from_name(name.removesuffix("s").encode()), head_dim, name[-1] == "s")
-        if type_id < 0:
-            raise PytqError(f"{name} has no block for head_dim {head_dim}: one of 64, 80, 96, 128, 192, 256")
-        self.info = lib.pytq_type_get(type_id)
-        super().__init__(name, head_dim, rotation, seed, backend, self.info.block_bytes)
+        self.row = table.find_type(name, head_dim)
+        super().__init__(name, head_dim, rotation, seed, backend, self.row.block_bytes)
+        self.info = self.struct.lib.pytq_type_get(self.row.id) if self.struct else None
 
     def _quantize(self, y: F32, out: U8) -> None:
         if self.struct:
             y = np.ascontiguousarray(y)
             self.struct.lib.pytq_quantize(self.info, self.struct.f32(y), self.struct.u8(out), y.size)
-            return
-        from pytq.codec import block
-
-        out[:] = block.quantize(self._id, y)
+        else:
+            out[:] = block.encode(self.row, y)
 
     def _dequantize(self, codes: U8) -> F32:
-        if self.struct:
-            y = np.empty((len(codes), self.head_dim), np.float32)
-            self.struct.lib.pytq_dequantize(self.info, self.struct.u8(codes), self.struct.f32(y), y.size)
-            return y
-        from pytq.codec import block
-
-        return block.dequantize(self._id, codes)
-
-    @property
-    def _id(self) -> int:
-        return int(self.info.id)
+        if not self.struct:
+            return block.decode(self.row, codes)
+        y = np.empty((len(codes), self.head_dim), np.float32)
+        self.struct.lib.pytq_dequantize(self.info, self.struct.u8(codes), self.struct.f32(y), y.size)
+        return y
 
 
 @functools.cache

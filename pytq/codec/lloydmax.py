@@ -97,6 +97,33 @@ def solve_polar(level: int) -> NDArray[np.float64]:
     return np.concatenate([x, math.pi / 2 - x[::-1]])
 
 
+def solve_uniform(bits: int) -> float:
+    """Step of the best uniform quantiser of N(0,1) with 2**bits levels at +-(k + 1/2) step (Max 1960, table II).
+
+    The derivative of the squared error with respect to the step is -2 E[(k + 1/2) (|x| - (k + 1/2) step)]; bisection
+    on it. Raises ValueError for bits outside 1..8.
+    """
+    if not 1 <= bits <= MAX_BITS:
+        raise ValueError(f"bits must be 1..{MAX_BITS}, not {bits}")
+    half = 2 ** (bits - 1)
+
+    def slope(step: float) -> float:
+        total = 0.0
+        for k in range(half):
+            a, b = k * step, (k + 1) * step if k + 1 < half else math.inf
+            fb = 0.0 if math.isinf(b) else _phi(b)
+            upper = 0.0 if math.isinf(b) else math.erfc(b / math.sqrt(2.0))
+            mass = 0.5 * (math.erfc(a / math.sqrt(2.0)) - upper)
+            total += (k + 0.5) * ((_phi(a) - fb) - (k + 0.5) * step * mass)
+        return total
+
+    low, high = 1e-3, 4.0
+    for _ in range(100):
+        mid = (low + high) / 2
+        low, high = (mid, high) if slope(mid) > 0 else (low, mid)
+    return (low + high) / 2
+
+
 def thresholds(levels: NDArray[np.float32]) -> NDArray[np.float32]:
     """Decision thresholds float32 [2**bits - 1]: the midpoints, added in float64 and rounded once."""
     wide = levels.astype(np.float64)
@@ -109,6 +136,8 @@ def _solve_all() -> dict[str, list[float]]:
         levels = solve_gaussian(bits).astype(np.float32)
         out[f"lloyd_max_{bits}"] = levels.tolist()
         out[f"lloyd_max_thr_{bits}"] = thresholds(levels).tolist()
+    # index = bits; entry 0 is unused
+    out["uniform_step"] = [0.0, *(solve_uniform(bits) for bits in range(1, MAX_BITS + 1))]
     # Level 1: 16 equal bins of the full circle; inside a quadrant three slopes part four bins.
     full = (np.arange(16) + 0.5) * (math.pi / 8)
     out["polar_cos_1"] = np.cos(full).astype(np.float32).tolist()

@@ -6,6 +6,7 @@ the randomised Hadamard transform (random signs, then H) costs d log d additions
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -95,10 +96,13 @@ def hadamard_apply(x: F32) -> F32:
     return (y * np.float32(1.0 / math.sqrt(n))).reshape(x.shape)
 
 
+@functools.lru_cache(maxsize=64)
 def random_orthogonal(n: int, seed: int) -> F32:
     """Haar-random orthogonal matrix, float32 [n, n]: QR of a seeded Gaussian, signs of diag(R) folded in."""
     q, r = np.linalg.qr(np.random.default_rng([seed, n, 1]).standard_normal((n, n)))
-    return np.ascontiguousarray((q * np.sign(np.diag(r))).astype(np.float32))
+    out = np.ascontiguousarray((q * np.sign(np.diag(r))).astype(np.float32))
+    out.flags.writeable = False
+    return out
 
 
 def gaussian(rows: int, n: int, seed: int) -> F32:
