@@ -238,16 +238,15 @@ def build(
     tools = find_tools(backend)
     try:
         with _lock(home):
-            return _build(
-                home, tools, kind, backend, jobs or _cpus(), source, force, all_pairs, list(defines)
-            )
+            return _build(home, tools, kind, backend, jobs or cpus(), source, force, all_pairs, list(defines))
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise PytqError(_disk_full(home)) from error
         raise PytqError(f"building failed: {error}") from error
 
 
-def _cpus() -> int:
+def cpus() -> int:
+    """CPUs this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -450,7 +449,10 @@ def _compile(tools: Tools, build_dir: Path, programs: Sequence[str], jobs: int, 
     command = [tools.ninja, "-C", str(build_dir), f"-j{jobs}", *programs]
     lines: list[str] = []
     with step(f"{title}: compiling") as progress:
-        for line in _run(command, os.environ | {"NINJA_STATUS": "[%f/%t] "}, log):
+        environment = os.environ | {"NINJA_STATUS": "[%f/%t] "}
+        # paths relative to the work tree: stock and patched then share the objects of unpatched files
+        environment |= {"CCACHE_BASEDIR": str(build_dir.parent), "CCACHE_NOHASHDIR": "1"}
+        for line in _run(command, environment, log):
             lines.append(line)
             count = re.match(r"\[(\d+)/(\d+)\]", line)
             if count:

@@ -7,10 +7,10 @@ enum pytq_scale { PYTQ_SCALE_FP16, PYTQ_SCALE_LOG8, ... };
 #define PYTQ_TYPE_BASE ...
 #define PYTQ_TYPE_END ...
 #define PYTQ_FAMILY_STRIDE ...
-#define PYTQ_MAX_GROUPS 3
-#define PYTQ_MAX_PLANES 6
+#define PYTQ_MAX_GROUPS ...
+#define PYTQ_MAX_PLANES ...
 #define PYTQ_MAX_HEAD_DIM ...
-#define PYTQ_MAX_LEVELS 128
+#define PYTQ_MAX_LEVELS ...
 
 typedef struct pytq_type_info {
     int id;
@@ -20,11 +20,11 @@ typedef struct pytq_type_info {
     enum pytq_code code;
     enum pytq_scale scale;
     int n_groups;
-    int group_len[3];
-    int group_bits[3];
+    int group_len[...];
+    int group_bits[...];
     int n_planes;
-    int plane_len[6];
-    int plane_off[6];
+    int plane_len[...];
+    int plane_off[...];
     int block_bytes;
     ...;
 } pytq_type_info;
@@ -32,7 +32,7 @@ typedef struct pytq_type_info {
 typedef struct pytq_codebook {
     int n_levels;
     float step;
-    int8_t levels[128];
+    int8_t levels[...];
     ...;
 } pytq_codebook;
 

@@ -1,0 +1,14 @@
+"""``pytq demo``: from nothing to a table of speeds."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command()
+@click.option("--again", is_flag=True, help="Measure the table anew instead of showing the kept one.")
+def command(again: bool) -> None:
+    """Build both llama.cpp, fetch a small model, generate with turbo4/turbo3, print a table."""
+    from pytq.demo import run
+
+    run(again)

@@ -1,0 +1,166 @@
+"""The demo: both builds, a model, a paragraph through ``pytq.Llama``, and a table of speeds."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from pytq import build, estimate, paths
+from pytq.errors import PytqError
+from pytq.model import default_model
+from pytq.progress import say, step
+
+PROMPT = "The capital of France is Paris. It is best known for"
+N_PREDICT = 96
+TYPE_K, TYPE_V = "turbo4", "turbo3"
+# where each row runs: stock types in the unpatched build, so that nothing of ours touches the baseline
+ROWS: tuple[tuple[paths.Kind, str], ...] = (
+    ("stock", "f16"),
+    ("stock", "q8_0"),
+    ("stock", "q4_0"),
+    ("patched", "turbo4"),
+    ("patched", "turbo3"),
+    ("patched", "turbo2"),
+    ("patched", "kv4"),
+    ("patched", "kv3"),
+    ("patched", "kv2"),
+)
+DEPTH = 1024
+N_GEN = 32
+REPEAT = 2
+
+
+def llama_bench(program: Path, model: Path, cache_type: str, threads: int) -> float:
+    """Tokens per second of generation at ``DEPTH`` tokens of context, by llama-bench."""
+    command = [str(program), "-m", str(model), "-ctk", cache_type, "-ctv", cache_type, "-fa", "1"]
+    command += [
+        "-p",
+        "0",
+        "-n",
+        str(N_GEN),
+        "-d",
+        str(DEPTH),
+        "-t",
+        str(threads),
+        "-r",
+        str(REPEAT),
+        "-o",
+        "jsonl",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode != 0 or not lines:
+        reason = [line for line in done.stderr.splitlines() if line.strip()] or [
+            f"exit code {done.returncode}"
+        ]
+        raise PytqError(f"llama-bench failed for {cache_type}: {reason[-1]}")
+    return float(json.loads(lines[-1])["avg_ts"])
+
+
+def measure(model: Path, again: bool = False) -> tuple[list[dict[str, Any]], str]:
+    """One dict per row of the table, and when they were measured.
+
+    Rows are kept in the cache directory and used again while builds, model and CPU are the same.
+    """
+    builds = {kind: paths.find_build(kind) for kind in paths.KINDS}
+    threads = build.cpus()
+    key: dict[str, Any] = {
+        "builds": {kind: [str(found.root), found.info.get("date")] for kind, found in builds.items()},
+        "model": str(model),
+        "depth": DEPTH,
+        "n_gen": N_GEN,
+        "threads": threads,
+        "rows": [list(row) for row in ROWS],
+    }
+    kept = paths.home() / "demo.json"
+    if kept.exists() and not again:
+        try:
+            data = json.loads(kept.read_text())
+        except ValueError:
+            data = {}
+        if data.get("key") == key:
+            return data["rows"], data["date"]
+
+    shape = estimate.open_model(model).hparams
+    rows = []
+    with step(f"llama-bench: {N_GEN} tokens at depth {DEPTH}", len(ROWS)) as progress:
+        for i, (kind, name) in enumerate(ROWS):
+            size = estimate.cache_size(shape, (name, name), estimate.Plan(DEPTH))
+            rate = llama_bench(builds[kind].program("llama-bench"), model, name, threads)
+            rows.append(
+                {
+                    "build": kind,
+                    "type": name,
+                    "bits_per_value": size.bits,
+                    "cache_mib": size.kv / 2**20,
+                    "tokens_per_second": rate,
+                }
+            )
+            progress.update(i + 1)
+    date = datetime.datetime.now().isoformat(sep=" ", timespec="minutes")
+    temporary = kept.with_suffix(f".tmp{os.getpid()}")
+    temporary.write_text(json.dumps({"key": key, "rows": rows, "date": date}))
+    os.replace(temporary, kept)
+    return rows, date
+
+
+def run(again: bool = False) -> None:
+    """Everything from nothing to the table. PytqError as the parts raise it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    for kind in paths.KINDS:
+        say(f"{kind} llama.cpp: {build.build(kind).root}")
+    model = default_model()
+    say(f"model: {model}")
+
+    from pytq.cli.run import generate
+    from pytq.llama import Llama
+
+    llama = Llama(model, cache_type_k=TYPE_K, cache_type_v=TYPE_V, n_ctx=2048, verbose=False)
+    console = Console(highlight=False)
+    console.print(f"\npytq.Llama with {TYPE_K} keys and {TYPE_V} values:\n", style="bold")
+    console.print(PROMPT, end="", style="dim")
+    result = generate(llama, PROMPT, N_PREDICT, 0.0, echo=True)
+    report = llama.cache_report()
+    console.print(
+        f"\n\n{result['n_generated']} tokens, {report['bits_per_value']:.3f} bits per value with all scales, "
+        f"{report['cache_bytes'] / 2**20:.2f} MiB of cache for {llama.n_ctx()} tokens\n"
+    )
+    llama.close()
+
+    rows, date = measure(model, again)
+    table = Table(title=f"{model.stem}, {N_GEN} tokens at depth {DEPTH}, same type for K and V")
+    table.add_column("build")
+    table.add_column("cache type")
+    for title in ("bits per value", "cache MiB", "tokens/s"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        table.add_row(
+            row["build"],
+            row["type"],
+            f"{row['bits_per_value']:.3f}",
+            f"{row['cache_mib']:.2f}",
+            f"{row['tokens_per_second']:.1f}",
+        )
+    console.print(table)
+    console.print(
+        f"measured {date} on this machine, {REPEAT} repetitions; `pytq bench` compares with intervals, "
+        "`pytq demo --again` measures anew",
+        style="dim",
+    )
+
+
+def main() -> None:
+    """``python -m pytq.demo``."""
+    from pytq.cli import main as cli
+
+    cli(["demo"], prog_name="pytq")
+
+
+if __name__ == "__main__":
+    main()
