@@ -33,6 +33,11 @@ PYTQ_INLINE vf load(const float *p) { return *(const vf_u *) p; }
 PYTQ_INLINE void store(float *p, vf v) { *(vf_u *) p = v; }
 PYTQ_INLINE vf splat(float x) { return vf{} + x; }
 
+// a * b + c, fused where the tier says how (contraction is off for the whole library)
+#ifndef PYTQ_MADD
+#define PYTQ_MADD(a, b, c) ((a) * (b) + (c))
+#endif
+
 // e^x for x <= 0, relative error below 3e-7; 0 for x < -87.
 PYTQ_INLINE vf exp_neg(vf x) {
     const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
@@ -158,7 +163,7 @@ PYTQ_INLINE void dot_float(const float *a, size_t lda, const float *x, size_t ld
     for (int k = 0; k < nk; k++) {
         const vf xv = load(x + (size_t) k * ldx);
         for (int i = 0; i < NR; i++) {
-            acc[i] += xv * a[(size_t) i * lda + k];
+            acc[i] = PYTQ_MADD(xv, splat(a[(size_t) i * lda + k]), acc[i]);
         }
     }
 }
@@ -190,7 +195,7 @@ void pv_float_rows(const float *w, const float *x, int dp, int n, const float *c
         vf acc[NR];
         dot_float<NR>(w, T, x + j, (size_t) dp, n, acc);
         for (int i = 0; i < NR; i++) {
-            store(o + (size_t) i * dp + j, load(o + (size_t) i * dp + j) * corr[i] + acc[i] * f[i]);
+            store(o + (size_t) i * dp + j, PYTQ_MADD(acc[i], splat(f[i]), load(o + (size_t) i * dp + j) * corr[i]));
         }
     }
 }
