@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pytq.codec.table import PATCHED_ONLY, STOCK, load_types
 from pytq.errors import PytqError
 from pytq.gguf.hparams import SWA, Hparams, Layer, read_hparams
 from pytq.gguf.layout import Layout, pad
@@ -23,23 +24,7 @@ CTX_PAD = 256  # llama_context pads n_ctx, llama_kv_cache_iswa its window
 N_UBATCH = 512  # llama.cpp's default
 MIB = 1 << 20
 # ggml's own cache types: (values per block, bytes per block)
-STOCK_TYPES: dict[str, tuple[int, int]] = {
-    "f32": (1, 4),
-    "f16": (1, 2),
-    "bf16": (1, 2),
-    "q8_0": (32, 34),
-    "q5_1": (32, 24),
-    "q5_0": (32, 22),
-    "q4_1": (32, 20),
-    "q4_0": (32, 18),
-    "iq4_nl": (32, 18),
-    "mxfp4": (32, 17),
-    "nvfp4": (64, 36),
-}
-PATCHED_STOCK_TYPES = (
-    "mxfp4",
-    "nvfp4",
-)  # ggml has the formats, only the patched build takes them as cache types
+STOCK_TYPES = {name: (block, size) for name, _, block, size in STOCK}
 DEFAULT_PAIRS = "f16,q8_0,q4_0,turbo4,turbo3,kv4,kv4/kv3,kv3,kv2"
 UNITS = {"": 1, "k": 10, "m": 20, "g": 30, "t": 40}
 
@@ -47,8 +32,6 @@ UNITS = {"": 1, "k": 10, "m": 20, "g": 30, "t": 40}
 @functools.cache
 def pytq_types() -> dict[str, dict[int, int]]:
     """Block bytes of every pytq type by flag and head_dim, from the table that C reads too."""
-    from pytq.codec.table import load_types
-
     found: dict[str, dict[int, int]] = {}
     for row in load_types():
         found.setdefault(row.family, {})[row.head_dim] = row.block_bytes
@@ -67,7 +50,7 @@ def known_types() -> list[str]:
 
 def is_pytq(name: str) -> bool:
     """True for a type that only the patched build has."""
-    return name in pytq_types() or name in PATCHED_STOCK_TYPES
+    return name in pytq_types() or name in PATCHED_ONLY
 
 
 def check_type(name: str) -> str:

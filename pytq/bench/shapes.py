@@ -15,7 +15,7 @@ import gguf
 import numpy as np
 
 from pytq.errors import PytqError
-from pytq.gguf.edit import NewTensor, atomic, encode_field
+from pytq.gguf.edit import atomic, encode_field, encode_tensor
 from pytq.gguf.layout import DEFAULT_ALIGNMENT, MAGIC, PREFIX, pad, read_layout
 
 POOL_ROWS = 512  # distinct random rows per tensor; further rows repeat them
@@ -145,7 +145,7 @@ def write_model(
     for tensor, dims in plan:
         kind = gguf.GGMLQuantizationType.F32 if _is_f32(dims) else gguf.GGMLQuantizationType.Q4_0
         size = _nbytes(dims)
-        entries.append(NewTensor(tensor, dims[::-1], kind, target, 0, size).entry(offset))
+        entries.append(encode_tensor(tensor, dims[::-1], kind, offset))
         offset += pad(size, DEFAULT_ALIGNMENT)
     header = PREFIX.pack(MAGIC, gguf.GGUF_VERSION, len(entries), len(fields)) + b"".join(fields + entries)
     random = np.random.default_rng(0)

@@ -72,10 +72,8 @@ def describe(first: Layout, parts: list[Layout]) -> dict[str, Any]:
     }
     if profile.is_profile(first):
         return info | {
-            "type": profile.KIND,
-            "profile": {
-                k: first.get(k) for k in first.fields if k.startswith(profile.OWN) and _is_small(first, k)
-            },
+            "architecture": profile.ARCH,
+            "profile": {k: _short(first, k) for k in first.fields if k.startswith(f"{profile.ARCH}.")},
         }
     shape = read_hparams(first)
     kinds = [layer.kind for layer in shape.layers]
@@ -121,10 +119,6 @@ def _layer_table(layers: list[dict[str, Any]]) -> Any:
         table.add_row(span, row["kind"], *(str(row[k] or "-") for k in ("n_head_kv", "k", "v")))
         start = i
     return table
-
-
-def _is_small(layout: Layout, key: str) -> bool:
-    return layout.fields[key].count <= 64
 
 
 def _short(layout: Layout, key: str) -> Any:
@@ -187,7 +181,7 @@ def embed_profile(
 ) -> None:
     """Put a calibration PROFILE into MODEL, so that one file is enough.
 
-    Only the patched llama.cpp loads such a file; extract-profile --strip gives the plain model back.
+    It is one more field: any llama.cpp still loads the model, the patched one uses the profile.
     """
     first, _ = _open(model)
     change = profile.edit_embed(first, read_layout(profile_file))
@@ -277,10 +271,6 @@ def _apply(
     for key in change.put:
         old = f"{_short(first, key)} -> " if key in first.fields else ""
         click.echo(f"{'~' if old else '+'} {key} = {old}{_new_value(change.put[key])}")
-    for tensor in change.add:
-        click.echo(f"+ tensor {tensor.name} {list(tensor.dims)}")
-    for name in sorted(change.drop):
-        click.echo(f"- tensor {name}")
     if dry_run:
         click.echo("dry run: nothing written" + (" (fits in place)" if step.in_place else ""))
         return

@@ -1,7 +1,7 @@
 """Changing the header of a GGUF file around tensor data that stays as it is.
 
-An edit lists the fields to put and remove and the tensors to add and drop. Everything else is copied byte for byte:
-untouched fields, tensor entries, and the data region, which goes through the kernel (``copy_file_range``, a reference
+An edit lists the fields to put and remove. Everything else is copied byte for byte: untouched fields, tensor entries,
+and the data region, which goes through the kernel (``copy_file_range``, a reference
 copy on file systems that have it) and never through Python. Every result appears under its name in one step
 (``os.replace``); only an edit that leaves the data where it is writes into the file itself, and then behind a journal.
 """
@@ -49,52 +49,36 @@ def encode_field(key: str, kind: GGUFValueType, value: object, item: GGUFValueTy
     return head + struct.pack(SCALAR_FORMATS[kind], value)
 
 
-@dataclass(frozen=True)
-class NewTensor:
-    """A tensor to append: its data is ``nbytes`` bytes at ``source_offset`` of ``source``."""
-
-    name: str
-    dims: tuple[int, ...]
-    ggml_type: int
-    source: Path
-    source_offset: int
-    nbytes: int
-
-    def entry(self, offset: int) -> bytes:
-        if len(self.name.encode()) > MAX_NAME:
-            raise PytqError(f"tensor name {self.name!r} is longer than {MAX_NAME} bytes")
-        dims = struct.pack(f"<I{len(self.dims)}Q", len(self.dims), *self.dims)
-        return encode_string(self.name) + dims + struct.pack("<IQ", self.ggml_type, offset)
+def encode_tensor(name: str, dims: Sequence[int], ggml_type: int, offset: int) -> bytes:
+    """A tensor entry; ``dims`` in GGUF order (row length first), ``offset`` relative to the data region."""
+    if len(name.encode()) > MAX_NAME:
+        raise PytqError(f"tensor name {name!r} is longer than {MAX_NAME} bytes")
+    return encode_string(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, ggml_type, offset)
 
 
 @dataclass
 class Edit:
-    """What to change: encoded entries by key, keys to drop, tensors to append, names of trailing tensors to drop."""
+    """What to change: encoded entries by key, and keys to drop."""
 
     put: dict[str, bytes] = field(default_factory=dict)
     remove: set[str] = field(default_factory=set)
-    add: list[NewTensor] = field(default_factory=list)
-    drop: set[str] = field(default_factory=set)
-    # exact size of the data region after a drop; without it the region ends with its last tensor
-    data_size: int | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A new header for ``layout`` and how much of its data region stays."""
+    """A new header for ``layout``, padded: the data region follows directly."""
 
     layout: Layout
-    header: bytes  # padded: the data region follows directly
-    keep: int  # bytes of the data region that stay
-    add: tuple[NewTensor, ...]
+    header: bytes
 
     @property
     def in_place(self) -> bool:
         """True when the data region can stay where it is in the file."""
-        return len(self.header) == self.layout.data_start and not self.add and self.keep == self.old_data
+        return len(self.header) == self.layout.data_start
 
     @property
-    def old_data(self) -> int:
+    def data_size(self) -> int:
+        """Bytes of the data region, with whatever follows the last tensor."""
         return max(0, self.layout.size - self.layout.data_start)
 
 
@@ -104,33 +88,9 @@ def plan(layout: Layout, edit: Edit) -> Plan:
         raise PytqError("general.alignment cannot be edited: every tensor's place depends on it")
     fields = [edit.put.get(key, f.raw) for key, f in layout.fields.items() if key not in edit.remove]
     fields += [raw for key, raw in edit.put.items() if key not in layout.fields]
-    kept = [t for t in layout.tensors if t.name not in edit.drop]
-    keep = max(0, layout.size - layout.data_start)
-    if edit.drop:
-        last = max((t.offset + _size(layout, t.nbytes, t.name) for t in kept), default=0)
-        first = min((t.offset for t in layout.tensors if t.name in edit.drop), default=last)
-        if first < last:
-            raise PytqError(f"{layout.path}: the tensors to remove are not at the end of the file")
-        if edit.data_size is not None and not last <= edit.data_size <= first:
-            raise PytqError(f"{layout.path}: the recorded size of its tensor data is wrong")
-        keep = min(keep, pad(last, layout.alignment) if edit.data_size is None else edit.data_size)
-    offset = pad(keep, layout.alignment)
-    entries = [t.raw for t in kept]
-    for tensor in edit.add:
-        if any(t.name == tensor.name for t in kept):
-            raise PytqError(f"{layout.path}: already has a tensor {tensor.name!r}")
-        entries.append(tensor.entry(offset))
-        offset += pad(tensor.nbytes, layout.alignment)
-    prefix = PREFIX.pack(MAGIC, layout.version, len(entries), len(fields))
-    header = prefix + b"".join(fields) + b"".join(entries)
-    header += bytes(pad(len(header), layout.alignment) - len(header))
-    return Plan(layout, header, keep, tuple(edit.add))
-
-
-def _size(layout: Layout, nbytes: int | None, name: str) -> int:
-    if nbytes is None:
-        raise PytqError(f"{layout.path}: tensor {name!r} has a type of unknown size")
-    return nbytes
+    prefix = PREFIX.pack(MAGIC, layout.version, len(layout.tensors), len(fields))
+    header = prefix + b"".join(fields) + b"".join(t.raw for t in layout.tensors)
+    return Plan(layout, header + bytes(pad(len(header), layout.alignment) - len(header)))
 
 
 def write(step: Plan, target: Path) -> str:
@@ -145,32 +105,8 @@ def write(step: Plan, target: Path) -> str:
     with atomic(target, like=step.layout.path) as out, step.layout.path.open("rb") as source:
         out.write(step.header)
         out.flush()
-        copy_range(source, step.layout.data_start, out, step.keep)
-        for tensor in step.add:
-            _pad_file(out, step.layout.alignment)
-            with tensor.source.open("rb") as data:
-                copy_range(data, tensor.source_offset, out, tensor.nbytes)
-        if step.add:
-            _pad_file(out, step.layout.alignment)
+        copy_range(source, step.layout.data_start, out, step.data_size)
     return "copy"
-
-
-def write_new(
-    target: Path, fields: Sequence[bytes], tensors: Sequence[NewTensor], alignment: int, version: int = 3
-) -> None:
-    """A new file of encoded ``fields`` and ``tensors`` in order, atomically."""
-    offset, entries = 0, []
-    for tensor in tensors:
-        entries.append(tensor.entry(offset))
-        offset += pad(tensor.nbytes, alignment)
-    header = PREFIX.pack(MAGIC, version, len(entries), len(fields)) + b"".join(fields) + b"".join(entries)
-    with atomic(target) as out:
-        out.write(header + bytes(pad(len(header), alignment) - len(header)))
-        out.flush()
-        for tensor in tensors:
-            with tensor.source.open("rb") as data:
-                copy_range(data, tensor.source_offset, out, tensor.nbytes)
-            _pad_file(out, alignment)
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -233,10 +169,6 @@ def copy_range(source: BinaryIO, offset: int, out: BinaryIO, count: int) -> None
             raise PytqError(f"{source.name}: ends {left} bytes early (did it change while it was read?)")
         out.write(data)
         left -= len(data)
-
-
-def _pad_file(out: BinaryIO, alignment: int) -> None:
-    out.write(bytes(pad(out.tell(), alignment) - out.tell()))
 
 
 def journal_of(path: Path) -> Path:

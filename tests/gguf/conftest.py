@@ -37,11 +37,9 @@ def write_model(
 
 
 def write_profile(path: Path) -> Path:
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_type("kvprofile")
-    writer.add_string("pytq.profile.architecture", "llama")
-    writer.add_string("pytq.profile.fingerprint", "abc")
-    writer.add_uint32("pytq.profile.version", 1)
+    writer = gguf.GGUFWriter(path, "kvprofile")
+    writer.add_uint32("kvprofile.format_version", 1)
+    writer.add_string("kvprofile.model.fingerprint", "abc")
     random = np.random.default_rng(2)
     for i in range(2):
         writer.add_tensor(f"blk.{i}.k_transform", random.standard_normal((2, 16, 16), np.float32))
