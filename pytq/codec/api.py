@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -83,7 +84,7 @@ def codec(
         raise PytqError(f"{name} has a fixed rate: leave bits out")
     if scalars != "f16" or projections is not None:
         raise PytqError(f"{name} has a fixed format: leave scalars and projections out")
-    kind: type[Codec] = BlockCodec if name in BLOCK else GgmlCodec
+    kind = BlockCodec if name in BLOCK else GgmlCodec
     return kind(name, int(head_dim), rotation, int(seed), backend)
 
 
@@ -119,7 +120,14 @@ class Codec:
     unbiased = False
 
     def __init__(
-        self, name: str, head_dim: int, bits: int | None, rotation: str, seed: int, backend: str, code_bytes: int
+        self,
+        name: str,
+        head_dim: int,
+        bits: int | None,
+        rotation: str,
+        seed: int,
+        backend: str,
+        code_bytes: int,
     ) -> None:
         self.name, self.head_dim, self.bits, self.backend = name, head_dim, bits, backend
         self.code_bytes = code_bytes
@@ -145,7 +153,9 @@ class Codec:
             flat = np.ascontiguousarray(array, np.float32).reshape(-1, self.head_dim)
         finite = np.isfinite(flat).all(axis=1)
         if not finite.all():
-            raise PytqError(f"vector {int(np.argmin(finite))} of {what} has a NaN, an infinity or a value beyond float32")
+            raise PytqError(
+                f"vector {int(np.argmin(finite))} of {what} has a NaN, an infinity or a value beyond float32"
+            )
         return flat, array.shape[:-1]
 
     def _codes(self, codes: ArrayLike) -> tuple[U8, tuple[int, ...]]:
@@ -263,7 +273,9 @@ class _CStruct:
 
 
 def _unfit(first: int) -> PytqError:
-    return PytqError(f"the norm of vector {first} does not fit a 16-bit float: use scalars='f32' or scale the input")
+    return PytqError(
+        f"the norm of vector {first} does not fit a 16-bit float: use scalars='f32' or scale the input"
+    )
 
 
 class PaperCodec(Codec):
@@ -307,8 +319,8 @@ class PaperCodec(Codec):
             "rabitq": lambda b: 2 * s + d // 8 * b,
         }[self.method](bits)
         super().__init__(name, head_dim, bits, rotation, seed, backend, size)
-        self.proj = gaussian(self.m, head_dim, seed) if projected else None
-        self.proj_t = np.ascontiguousarray(self.proj.T) if self.proj is not None else None
+        self.proj: Any = gaussian(self.m, head_dim, seed) if projected else None
+        self.proj_t: Any = np.ascontiguousarray(np.transpose(self.proj)) if projected else None
         self.unbiased = projected or self.method == "rabitq"
         self.struct: _CStruct | None = None
         if backend == "c":
@@ -427,7 +439,9 @@ class PaperCodec(Codec):
 class _Rotated(Codec):
     """Formats that quantise rotated coordinates themselves; ``inner`` is the dot product with the decoded vector."""
 
-    def __init__(self, name: str, head_dim: int, rotation: str, seed: int, backend: str, code_bytes: int) -> None:
+    def __init__(
+        self, name: str, head_dim: int, rotation: str, seed: int, backend: str, code_bytes: int
+    ) -> None:
         super().__init__(name, head_dim, None, rotation, seed, backend, code_bytes)
         self.struct = _CStruct(self.rotation) if backend == "c" else None
 

@@ -11,7 +11,17 @@ from __future__ import annotations
 import numpy as np
 
 from pytq.codec.lloydmax import POLAR_LEVELS, table
-from pytq.codec.scalars import F32, U8, exp2_int, exponent_of, get_scalar, pack_bits, put_scalar, scale2, unpack_bits
+from pytq.codec.scalars import (
+    F32,
+    U8,
+    exp2_int,
+    exponent_of,
+    get_scalar,
+    pack_bits,
+    put_scalar,
+    scale2,
+    unpack_bits,
+)
 
 
 def encode(y: F32, exponent: np.ndarray, wide: bool) -> tuple[list[U8], np.ndarray]:
@@ -40,6 +50,8 @@ def open_code(code: U8, d: int, wide: bool) -> tuple[F32, F32]:
     ends = {2: (0, d // 4), 3: (d // 4, 3 * d // 8), 4: (3 * d // 8, 7 * d // 16)}
     for level in range(POLAR_LEVELS, 0, -1):
         index = first if level == 1 else fine[:, ends[level][0] : ends[level][1]]
-        pair = np.stack([radius * table(f"polar_cos_{level}")[index], radius * table(f"polar_sin_{level}")[index]], 2)
+        pair = np.stack(
+            [radius * table(f"polar_cos_{level}")[index], radius * table(f"polar_sin_{level}")[index]], 2
+        )
         radius = pair.reshape(len(code), -1)
     return radius, exp2_int(e)

@@ -88,5 +88,5 @@ def open_code(code: U8, norm: F32, d: int, bits: int, wide: bool) -> tuple[F32, 
     """Grid vectors [N, d], the scale of least error [N] and the unbiased scale [N]."""
     cosine, code = get_scalar(code, 1, wide)
     g = grid(unpack_bits(code, d, bits), bits)
-    size = np.sqrt(dot16(g, g))
+    size: F32 = np.sqrt(dot16(g, g))
     return g, norm * cosine[:, 0] / size, norm / (cosine[:, 0] * size)

@@ -49,7 +49,8 @@ def put_scalar(v: F32, wide: bool) -> tuple[U8, NDArray[np.bool_]]:
     """[N, k] scalars -> their bytes [N, 2k or 4k] as fp16 or float32, and whether each row fits."""
     with np.errstate(over="ignore"):
         stored = v.astype(np.float32 if wide else np.float16)
-    return stored.view(np.uint8).reshape(len(v), -1), np.isfinite(stored).all(axis=1)
+    fits: NDArray[np.bool_] = np.asarray(np.isfinite(stored).all(axis=1))
+    return stored.view(np.uint8).reshape(len(v), -1), fits
 
 
 def get_scalar(code: U8, k: int, wide: bool) -> tuple[F32, U8]:
@@ -71,11 +72,11 @@ def unpack_bits(code: U8, n: int, bits: int) -> U8:
     return (stream << np.arange(bits, dtype=np.uint8)).sum(axis=2, dtype=np.uint8)
 
 
-def root(d: int) -> np.float32:
-    """float32(sqrt(d))."""
-    return np.float32(math.sqrt(d))
+def root(d: int) -> F32:
+    """float32(sqrt(d)), a scalar array."""
+    return np.array(math.sqrt(d), np.float32)
 
 
-def qjl_factor(m: int) -> np.float32:
+def qjl_factor(m: int) -> F32:
     """float32(sqrt(pi / 2) / m): makes the sign estimator unbiased (QJL, arXiv 2406.03482, lemma 3.2)."""
-    return np.float32(SQRT_HALF_PI / m)
+    return np.array(SQRT_HALF_PI / m, np.float32)

@@ -12,7 +12,17 @@ import numpy as np
 from pytq.codec.lloydmax import table
 from pytq.codec.qjl import pack_signs, unpack_signs
 from pytq.codec.rotation import matvec
-from pytq.codec.scalars import F32, U8, dot16, get_scalar, pack_bits, put_scalar, qjl_factor, root, unpack_bits
+from pytq.codec.scalars import (
+    F32,
+    U8,
+    dot16,
+    get_scalar,
+    pack_bits,
+    put_scalar,
+    qjl_factor,
+    root,
+    unpack_bits,
+)
 
 
 def quantize(z: F32, bits: int) -> tuple[U8, F32]:
@@ -42,7 +52,7 @@ def encode_prod(y: F32, norm: F32, bits: int, proj_t: F32, wide: bool) -> tuple[
     z = _unit(y, norm)
     index, level = quantize(z, bits - 1)
     residual = z - level
-    gamma = np.sqrt(dot16(residual, residual)) / root(y.shape[1])
+    gamma = (np.sqrt(dot16(residual, residual)) / root(y.shape[1])).astype(np.float32, copy=False)
     raw, fits = put_scalar(gamma[:, None], wide)
     return [raw, pack_bits(index, bits - 1), pack_signs(matvec(residual, proj_t))], fits
 

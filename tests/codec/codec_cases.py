@@ -57,7 +57,9 @@ def gaussian_distortion(name, bits, d=128, n=20000, seed=0, **options):
 def inner_errors(name, bits, d=128, n=60, nq=60, seeds=40, **options):
     """Errors of <q, x> for unit q and x, float64 [seeds, nq, n], and the true products [nq, n]; a rotation per seed."""
     rng = np.random.default_rng(5)
-    x, q = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (rng.standard_normal((k, d)) for k in (n, nq)))
+    x, q = (
+        v / np.linalg.norm(v, axis=1, keepdims=True) for v in (rng.standard_normal((k, d)) for k in (n, nq))
+    )
     # correlated pairs: a shrinking estimator is unbiased on orthogonal ones
     q[:n] = 0.6 * x[:nq] + 0.8 * q[:n]
     q /= np.linalg.norm(q, axis=1, keepdims=True)

@@ -25,8 +25,8 @@ def test_levels_are_centroids(bits):
     """Lloyd's conditions by adaptive quadrature: every level is the mean of its cell, edges lie halfway."""
     levels = lloydmax.table(f"lloyd_max_{bits}").astype(float)
     edges = np.concatenate([[-12.0], (levels[1:] + levels[:-1]) / 2, [12.0]])
-    for level, a, b in zip(levels, edges[:-1], edges[1:]):
-        moment = integrate.quad(lambda t: (t - level) * stats.norm.pdf(t), a, b, epsabs=1e-12, epsrel=1e-9)[0]
+    for level, a, b in zip(levels, edges[:-1], edges[1:], strict=True):
+        moment = integrate.quad(lambda t, c=level: (t - c) * stats.norm.pdf(t), a, b, epsabs=1e-12, epsrel=1e-9)[0]
         assert abs(moment) / (stats.norm.cdf(b) - stats.norm.cdf(a)) < 4 * FLOAT32_ULP * 4
     assert np.array_equal(lloydmax.table(f"lloyd_max_thr_{bits}"), edges[1:-1].astype(np.float32))
 
@@ -44,7 +44,7 @@ def test_distortion_by_quadrature(bits):
     edges = np.concatenate([[-12.0], (levels[1:] + levels[:-1]) / 2, [12.0]])
     error = sum(
         integrate.quad(lambda t, c=c: (t - c) ** 2 * stats.norm.pdf(t), a, b)[0]
-        for c, a, b in zip(levels, edges[:-1], edges[1:])
+        for c, a, b in zip(levels, edges[:-1], edges[1:], strict=True)
     )
     assert error == pytest.approx(GAUSSIAN_DISTORTION[bits], rel=1e-3)
 
@@ -58,7 +58,7 @@ def test_uniform_step_is_a_minimum(bits):
         edges = np.append(k * s, 12.0)
         return sum(
             integrate.quad(lambda t, c=c: (t - c) ** 2 * stats.norm.pdf(t), a, b)[0]
-            for c, a, b in zip((k + 0.5) * s, edges[:-1], edges[1:])
+            for c, a, b in zip((k + 0.5) * s, edges[:-1], edges[1:], strict=True)
         )
 
     assert error(step) < min(error(step * 0.99), error(step * 1.01))
@@ -71,7 +71,7 @@ def test_polar_angles_are_centroids(level):
     psi = np.arctan2(sin, cos)
     edges = np.concatenate([[0], np.arctan(slopes), [np.pi / 2]])
     power = 2 ** (level - 1) - 1
-    for centre, a, b in zip(psi, edges[:-1], edges[1:]):
+    for centre, a, b in zip(psi, edges[:-1], edges[1:], strict=True):
         mass = integrate.quad(lambda t: np.sin(2 * t) ** power, a, b)[0]
         mean = integrate.quad(lambda t: t * np.sin(2 * t) ** power, a, b)[0] / mass
         assert centre == pytest.approx(mean, abs=1e-6)

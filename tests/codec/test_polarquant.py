@@ -27,7 +27,7 @@ def test_distortion_matches_the_angles():
         total = integrate.quad(lambda t, p=power: np.sin(2 * t) ** p, 0, np.pi / 2)[0]
         keep *= sum(
             integrate.quad(lambda t, c=c, p=power: np.cos(t - c) * np.sin(2 * t) ** p, a, b)[0] / total
-            for c, a, b in zip(psi, edges[:-1], edges[1:])
+            for c, a, b in zip(psi, edges[:-1], edges[1:], strict=True)
         )
     assert gaussian_distortion("polarquant", None) == pytest.approx(2 * (1 - keep), rel=0.01)
 

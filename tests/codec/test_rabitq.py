@@ -18,14 +18,20 @@ WITHIN = 0.01
 
 def cosine(a, k):
     grid = k.astype(float) + 0.5
-    return (a.astype(float) * grid).sum(axis=1) / np.linalg.norm(a.astype(float), axis=1) / np.linalg.norm(grid, axis=1)
+    return (
+        (a.astype(float) * grid).sum(axis=1)
+        / np.linalg.norm(a.astype(float), axis=1)
+        / np.linalg.norm(grid, axis=1)
+    )
 
 
 @pytest.mark.parametrize("bits", (2, 3, 4, 6, 8))
 def test_search_beats_a_dense_scan(bits):
     """A scan of 4000 scales in float64 finds no better cosine: the window of the search loses nothing on such data."""
     rng = np.random.default_rng(bits)
-    a = np.abs(np.concatenate([rng.standard_normal((12, 64)), rng.standard_t(3, (12, 64))])).astype(np.float32)
+    a = np.abs(np.concatenate([rng.standard_normal((12, 64)), rng.standard_t(3, (12, 64))])).astype(
+        np.float32
+    )
     found = cosine(a, rabitq.search(a, bits))
     half = 2 ** (bits - 1)
     best = np.zeros(len(a))

@@ -71,4 +71,8 @@ def test_rejects():
 
 def test_projection_is_standard_normal():
     s = gaussian(256, 128, 0)
-    assert s.dtype == np.float32 and abs(s.mean()) < 5 / np.sqrt(s.size) and abs(s.var() - 1) < 5 * np.sqrt(2 / s.size)
+    assert (
+        s.dtype == np.float32
+        and abs(s.mean()) < 5 / np.sqrt(s.size)
+        and abs(s.var() - 1) < 5 * np.sqrt(2 / s.size)
+    )
