@@ -6,6 +6,7 @@ Both are imported on first use: the command line must start fast, and ``Llama`` 
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from pytq.errors import PytqError
@@ -22,4 +23,6 @@ def __getattr__(name: str) -> Any:
         from pytq.llama import Llama
 
         return Llama
+    if name == "codec":
+        return importlib.import_module("pytq.codec")
     raise AttributeError(f"module 'pytq' has no attribute {name!r}")

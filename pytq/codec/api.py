@@ -319,8 +319,11 @@ class PaperCodec(Codec):
             "rabitq": lambda b: 2 * s + d // 8 * b,
         }[self.method](bits)
         super().__init__(name, head_dim, bits, rotation, seed, backend, size)
-        self.proj: Any = gaussian(self.m, head_dim, seed) if projected else None
-        self.proj_t: Any = np.ascontiguousarray(np.transpose(self.proj)) if projected else None
+        self.proj: Any = None
+        self.proj_t: Any = None
+        if projected:
+            self.proj = gaussian(self.m, head_dim, seed)
+            self.proj_t = np.ascontiguousarray(self.proj.T)
         self.unbiased = projected or self.method == "rabitq"
         self.struct: _CStruct | None = None
         if backend == "c":

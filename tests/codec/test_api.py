@@ -1,5 +1,8 @@
 """The interface of ``pytq.codec``: shapes, dtypes, errors, threads, round trips of hard vectors."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -28,6 +31,8 @@ def ggml_codec(name, d, **options):
 
 
 def test_callable_package():
+    script = "import pytq; print(pytq.codec('qjl', head_dim=64).code_bytes)"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "10\n"
     assert pytq.codec("qjl", head_dim=64).name == "qjl"
 
 
