@@ -12,6 +12,7 @@ from pathlib import Path
 import gguf
 import pytest
 from click.testing import CliRunner
+from shape_models import vocab_file
 
 from pytq import estimate as est
 from pytq.bench.shapes import SHAPES, Shape, write_model
@@ -20,25 +21,6 @@ from pytq.errors import PytqError
 from pytq.gguf.hparams import is_swa, read_hparams
 from pytq.gguf.layout import read_layout
 from pytq.paths import BuildDir
-
-
-def vocab_file(path: Path, n: int = 300) -> Path:
-    """A tokenizer without a model: enough for a random-weight model to load."""
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(
-        ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *map(str, range(n - 259))]
-    )
-    writer.add_token_scores([0.0] * n)
-    writer.add_token_types([2, 3, 3, *([6] * 256), *([1] * (n - 259))])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
 
 TEST_SHAPES = {
     "llama-64": Shape(3, 128, 2, 2, 64, 128, 8192),
