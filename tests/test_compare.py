@@ -1,6 +1,7 @@
 """`pytq compare-codecs`: the measurements on codecs whose errors are known, and the command's behaviour."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -192,3 +193,12 @@ def test_bad_files(tmp_path):
 def test_every_name_has_a_row():
     """Split-rate layouts need a profile's basis, so they are asked for by name only."""
     assert set(compare.ALL) == {n for n in pytq.codec.NAMES if n not in ("kv2s", "kv3s", "kv4s")}
+
+
+@pytest.mark.parametrize("name", ("gaussian", "clustered"))
+def test_the_page_shows_the_kept_results(name):
+    """docs/codecs.md quotes benchmarks/codecs-*.json through the command's own table."""
+    root = Path(__file__).resolve().parents[1]
+    kept = json.loads((root / "benchmarks" / f"codecs-{name}.json").read_text())
+    assert kept["conditions"]["metric_version"] == compare.METRIC_VERSION
+    assert compare.markdown(kept).strip() in (root / "docs/codecs.md").read_text(), "rerun the page's commands"
