@@ -576,8 +576,398 @@ struct Tier {
     }
 };
 
-void Tier::quantize(const pytq_type_info *t, const float *x, void *y, int64_t n) { pytq_quantize_ref(t, x, y, n); }
-void Tier::dequantize(const pytq_type_info *t, const void *y, float *x, int64_t n) { pytq_dequantize_ref(t, y, x, n); }
+// ------------------------------------------------------------------------------------------------ encoder
+//
+// Viterbi over 64 states in four registers, in place: after a step the state's bits have moved up by one, and the new bit
+// lives where the dropped one was. So state bit k is bit (k - t) mod 6 of the location (16 * register + lane) and the two
+// predecessors of a state differ in location bit b = 5 - t mod 6: two registers (b = 5, 4) or two lanes of one (b < 4).
+// With X and Y the costs of the two branches, out = min(V + X, W + Y), W being V's partner. Every sum and comparison is the
+// reference's, in its order, so the bytes are the same.
+
+// Tables of one code and bit width: levels and decision limits of each subset (one subset for the scalar code).
+struct search_table {
+    alignas(64) float level[4][16], limit[4][16];
+    alignas(64) int8_t all[64];
+    int n_sub;
+    float step;
+};
+
+struct encoder_tables {
+    search_table table[2][6];
+    alignas(64) int32_t x[6][4][16];  // index of cost X for each phase, register and lane; Y = X ^ 2
+    encoder_tables() {
+        memset(table, 0, sizeof(table));
+        for (int code = 0; code < 2; code++) {
+            for (int bits = 1; bits <= 5; bits++) {
+                const pytq_codebook *cb = pytq_codebook_get((enum pytq_code) code, bits);
+                search_table *s = &table[code][bits];
+                const int subsets = code == PYTQ_CODE_TRELLIS ? 4 : 1;
+                s->n_sub = cb->n_levels / subsets;
+                s->step = cb->step;
+                memcpy(s->all, cb->levels, (size_t) cb->n_levels);
+                for (int z = 0; z < subsets; z++) {
+                    for (int i = 0; i < 16 && i < s->n_sub; i++) {
+                        s->level[z][i] = (float) cb->levels[subsets * i + z];
+                        s->limit[z][i] = i + 1 < s->n_sub ? 0.5f * ((float) cb->levels[subsets * i + z] + (float) cb->levels[subsets * (i + 1) + z])
+                                                          : INFINITY;
+                    }
+                }
+            }
+        }
+        for (int phase = 0; phase < 6; phase++) {
+            for (int l = 0; l < 64; l++) {
+                // bits of the state after the step; z1 = s0 ^ s5 ^ c, of which X holds s5 alone
+                auto bit = [&](int k) { return l >> ((k - phase - 1 + 12) % 6) & 1; };
+                x[phase][l / 16][l % 16] = 2 * bit(5) + (bit(2) ^ bit(4));
+            }
+        }
+    }
+};
+
+static const encoder_tables &tables() {
+    static const encoder_tables t;
+    return t;
+}
+
+PYTQ_INLINE float fold16(__m512 v) {
+    const __m256 a = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    const __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 c = _mm_add_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_add_ss(c, _mm_shuffle_ps(c, c, 1)));
+}
+
+static float sum_product(const float *a, const float *b, int n) {
+    __m512 acc = _mm512_setzero_ps();
+    for (int i = 0; i < n; i += 16) {
+        const __mmask16 k = n - i >= 16 ? 0xffff : (__mmask16) ((1u << (n - i)) - 1);
+        acc = _mm512_add_ps(acc, _mm512_mul_ps(_mm512_maskz_loadu_ps(k, a + i), _mm512_maskz_loadu_ps(k, b + i)));
+    }
+    return fold16(acc);
+}
+
+// Index of the nearest of n_sub levels: the number of limits below y.
+PYTQ_INLINE zi nearest(__m512 y, const float *limit, int n_sub) {
+    const __m512 lim = _mm512_load_ps(limit);
+    zi i = _mm512_setzero_si512();
+    for (int h = n_sub / 2; h > 0; h /= 2) {
+        const __m512 probe = _mm512_permutexvar_ps(_mm512_add_epi32(i, _mm512_set1_epi32(h - 1)), lim);
+        i = _mm512_mask_add_epi32(i, _mm512_cmp_ps_mask(y, probe, _CMP_GT_OQ), i, _mm512_set1_epi32(h));
+    }
+    return i;
+}
+
+struct viterbi_work {
+    alignas(64) float cost[PYTQ_MAX_HEAD_DIM * 4];  // 16 coordinates: [t & 3][t >> 2 & 3][subset]
+    alignas(64) uint8_t best[4][PYTQ_MAX_HEAD_DIM];
+    alignas(64) uint16_t decision[PYTQ_MAX_HEAD_DIM][4];
+};
+
+template <int PHASE>
+PYTQ_INLINE void viterbi_step(const encoder_tables &tab, const float *cost4, __m512 *m, uint16_t *decision) {
+    constexpr int B = 5 - PHASE;
+    const __m512 cost = _mm512_broadcast_f32x4(_mm_load_ps(cost4));
+    const zi two = _mm512_set1_epi32(2);
+    if (B >= 4) {
+        constexpr int D = B == 5 ? 2 : 1;
+        for (int i = 0; i < 2; i++) {
+            const int lo = B == 5 ? i : 2 * i;
+            const zi xi = _mm512_load_si512(tab.x[PHASE][lo]);
+            const __m512 x = _mm512_permutevar_ps(cost, xi), y = _mm512_permutevar_ps(cost, _mm512_xor_si512(xi, two));
+            const __m512 ax = _mm512_add_ps(m[lo], x), by = _mm512_add_ps(m[lo + D], y);
+            const __m512 ay = _mm512_add_ps(m[lo], y), bx = _mm512_add_ps(m[lo + D], x);
+            decision[lo] = (uint16_t) _mm512_cmp_ps_mask(by, ax, _CMP_LT_OQ);
+            decision[lo + D] = (uint16_t) _mm512_cmp_ps_mask(bx, ay, _CMP_LT_OQ);
+            m[lo] = _mm512_min_ps(by, ax);
+            m[lo + D] = _mm512_min_ps(bx, ay);
+        }
+    } else {
+        constexpr unsigned ones = B == 3 ? 0xff00 : B == 2 ? 0xf0f0 : B == 1 ? 0xcccc : 0xaaaa;
+        for (int r = 0; r < 4; r++) {
+            const __m512 v = m[r];
+            const __m512 w = B == 3   ? _mm512_shuffle_f32x4(v, v, 0x4e)
+                             : B == 2 ? _mm512_shuffle_f32x4(v, v, 0xb1)
+                             : B == 1 ? _mm512_permute_ps(v, 0x4e)
+                                      : _mm512_permute_ps(v, 0xb1);
+            const zi xi = _mm512_load_si512(tab.x[PHASE][r]);
+            const __m512 vx = _mm512_add_ps(v, _mm512_permutevar_ps(cost, xi));
+            const __m512 wy = _mm512_add_ps(w, _mm512_permutevar_ps(cost, _mm512_xor_si512(xi, two)));
+            const unsigned k = _mm512_mask_cmp_ps_mask((__mmask16) ~ones, wy, vx, _CMP_LT_OQ) |
+                               _mm512_mask_cmp_ps_mask((__mmask16) ones, vx, wy, _CMP_LT_OQ);
+            decision[r] = (uint16_t) k;
+            m[r] = _mm512_min_ps(vx, wy);
+        }
+    }
+}
+
+PYTQ_INLINE const float *cost_of(const viterbi_work *w, int t) { return w->cost + (t & ~15) * 4 + (t & 3) * 16 + (t >> 2 & 3) * 4; }
+
+// Coded bits of the best path.
+static void viterbi(viterbi_work *w, int d, uint64_t *u) {
+    const encoder_tables &tab = tables();
+    __m512 m[4];
+    m[1] = m[2] = m[3] = _mm512_set1_ps(1e30f);
+    m[0] = _mm512_mask_mov_ps(m[1], 1, _mm512_setzero_ps());
+    int t = 0;
+    for (; t + 6 <= d; t += 6) {
+        viterbi_step<0>(tab, cost_of(w, t), m, w->decision[t]);
+        viterbi_step<1>(tab, cost_of(w, t + 1), m, w->decision[t + 1]);
+        viterbi_step<2>(tab, cost_of(w, t + 2), m, w->decision[t + 2]);
+        viterbi_step<3>(tab, cost_of(w, t + 3), m, w->decision[t + 3]);
+        viterbi_step<4>(tab, cost_of(w, t + 4), m, w->decision[t + 4]);
+        viterbi_step<5>(tab, cost_of(w, t + 5), m, w->decision[t + 5]);
+    }
+    if (t < d) {
+        viterbi_step<0>(tab, cost_of(w, t), m, w->decision[t]);
+    }
+    if (t + 1 < d) {
+        viterbi_step<1>(tab, cost_of(w, t + 1), m, w->decision[t + 1]);
+    }
+    if (t + 2 < d) {
+        viterbi_step<2>(tab, cost_of(w, t + 2), m, w->decision[t + 2]);
+    }
+    if (t + 3 < d) {
+        viterbi_step<3>(tab, cost_of(w, t + 3), m, w->decision[t + 3]);
+    }
+    if (t + 4 < d) {
+        viterbi_step<4>(tab, cost_of(w, t + 4), m, w->decision[t + 4]);
+    }
+    const __m512 top = _mm512_set1_ps(_mm512_reduce_min_ps(_mm512_min_ps(_mm512_min_ps(m[0], m[1]), _mm512_min_ps(m[2], m[3]))));
+    uint64_t ties = 0;
+    for (int r = 0; r < 4; r++) {
+        ties |= (uint64_t) _mm512_cmp_ps_mask(m[r], top, _CMP_EQ_OQ) << (16 * r);
+    }
+    // of equal metrics the lowest state wins; state bit k is location bit (k - d) mod 6
+    unsigned loc = 0;
+    int lowest = PYTQ_TRELLIS_STATES;
+    for (; ties; ties &= ties - 1) {
+        const int l = __builtin_ctzll(ties);
+        int state = 0;
+        for (int k = 0; k < 6; k++) {
+            state |= (l >> ((k - d % 6 + 6) % 6) & 1) << k;
+        }
+        if (state < lowest) {
+            lowest = state;
+            loc = (unsigned) l;
+        }
+    }
+    memset(u, 0, 4 * sizeof(*u));
+    for (int b = 5 - (d - 1) % 6, i = d - 1; i >= 0; i--) {
+        uint64_t bits;
+        memcpy(&bits, w->decision[i], 8);
+        u[i >> 6] |= (uint64_t) (loc >> b & 1) << (i & 63);
+        loc = (loc & ~(1u << b)) | (unsigned) (bits >> loc & 1) << b;
+        b = b == 5 ? 0 : b + 1;
+    }
+}
+
+static int log8_encode(float sigma) {
+    static const float limit[8] = {0x1.0b5586p+0f, 0x1.2387a6p+0f, 0x1.3dea64p+0f, 0x1.5ab07ep+0f,
+                                   0x1.7a1148p+0f, 0x1.9c4918p+0f, 0x1.c199bep+0f, 0x1.ea4afap+0f};
+    if (!(sigma > 0.0f)) {
+        return 0;
+    }
+    int exponent, k = 0;
+    const float m = frexpf(sigma, &exponent) * 2.0f;
+    for (int i = 0; i < 8; i++) {
+        k += m >= limit[i];
+    }
+    const int e = 8 * (exponent - 1) + k + PYTQ_LOG8_BIAS;
+    return e < 1 ? 0 : e > 255 ? 255 : e;
+}
+
+static void store_plane(const pytq_type_info *t, int p, int word, uint64_t bits, uint8_t *out) {
+    const int bytes = t->plane_len[p] / 8 - 8 * word;
+    if (bytes > 0) {
+        memcpy(out + t->plane_off[p] + 8 * word, &bits, (size_t) (bytes < 8 ? bytes : 8));
+    }
+}
+
+static void encode_trellis(const pytq_type_info *t, const float *x, uint8_t *out) {
+    const float *log8 = pytq_log8_table();
+    const int d = t->head_dim;
+    viterbi_work w;
+    int e[PYTQ_MAX_GROUPS];
+    for (int g = 0, at = 0; g < t->n_groups; at += t->group_len[g++]) {
+        const int n = t->group_len[g];
+        const search_table &s = tables().table[PYTQ_CODE_TRELLIS][t->group_bits[g]];
+        e[g] = log8_encode(sqrtf(sum_product(x + at, x + at, n) / (float) n));
+        const float f = log8[e[g]] * s.step;
+        const __m512 inv = _mm512_set1_ps(e[g] ? 1.0f / f : 0.0f);
+        const __m512 weight = _mm512_set1_ps(t->n_groups == 1 ? 1.0f : f * f);
+        // 16 aligned coordinates at a time; where a group begins or ends inside, its part replaces what is there
+        for (int i = at & ~15; i < at + n; i += 16) {
+            const int skip = i < at ? at - i : 0, stop = at + n - i < 16 ? at + n - i : 16;
+            const __mmask16 mine = (__mmask16) (((1u << stop) - 1) & ~((1u << skip) - 1));
+            const __m512 y = _mm512_mul_ps(_mm512_maskz_loadu_ps(mine, x + i), inv);
+            __m512 c[4];
+            for (int z = 0; z < 4; z++) {
+                const zi k = nearest(y, s.limit[z], s.n_sub);
+                const __m512 err = _mm512_sub_ps(y, _mm512_permutexvar_ps(k, _mm512_load_ps(s.level[z])));
+                c[z] = _mm512_mul_ps(weight, _mm512_mul_ps(err, err));
+                _mm512_mask_cvtepi32_storeu_epi8(w.best[z] + i, mine, k);
+            }
+            const zi lo = _mm512_castps_si512(_mm512_unpacklo_ps(c[0], c[1])), hi = _mm512_castps_si512(_mm512_unpackhi_ps(c[0], c[1]));
+            const zi lo2 = _mm512_castps_si512(_mm512_unpacklo_ps(c[2], c[3])), hi2 = _mm512_castps_si512(_mm512_unpackhi_ps(c[2], c[3]));
+            const zi rows[4] = {_mm512_unpacklo_epi64(lo, lo2), _mm512_unpackhi_epi64(lo, lo2), _mm512_unpacklo_epi64(hi, hi2),
+                                _mm512_unpackhi_epi64(hi, hi2)};
+            for (int k = 0; k < 4; k++) {
+                unsigned lanes = 0;  // coordinate 4 j + k is lane group j
+                for (int j = 0; j < 4; j++) {
+                    lanes |= (mine >> (4 * j + k) & 1) ? 0xfu << (4 * j) : 0;
+                }
+                _mm512_mask_store_epi32(w.cost + i * 4 + k * 16, (__mmask16) lanes, rows[k]);
+            }
+        }
+    }
+    uint64_t u[4];
+    viterbi(&w, d, u);
+
+    alignas(64) float level[PYTQ_MAX_HEAD_DIM];
+    for (int word = 0; 64 * word < d; word++) {
+        const uint64_t now = u[word], before = word ? u[word - 1] : 0;
+        auto delayed = [&](int k) { return now << k | before >> (64 - k); };
+        const uint64_t z1 = now ^ delayed(5) ^ delayed(6), z0 = delayed(2) ^ delayed(4);
+        const uint8_t *b = w.best[0] + 64 * word;
+        const size_t stride = PYTQ_MAX_HEAD_DIM;
+        const zi n0 = _mm512_mask_blend_epi8(z0, _mm512_loadu_si512(b), _mm512_loadu_si512(b + stride));
+        const zi n1 = _mm512_mask_blend_epi8(z0, _mm512_loadu_si512(b + 2 * stride), _mm512_loadu_si512(b + 3 * stride));
+        const zi n = _mm512_mask_blend_epi8(z1, n0, n1);
+        store_plane(t, 0, word, now, out);
+        for (int p = 1; p < t->n_planes; p++) {
+            store_plane(t, p, word, _mm512_test_epi8_mask(n, _mm512_set1_epi8((char) (1 << (p - 1)))), out);
+        }
+        const zi z = _mm512_or_si512(_mm512_maskz_set1_epi8(z1, 2), _mm512_maskz_set1_epi8(z0, 1));
+        const zi index = _mm512_or_si512(_mm512_and_si512(_mm512_slli_epi16(n, 2), _mm512_set1_epi8(0x3c)), z);
+        zi lv = _mm512_setzero_si512();
+        for (int g = 0, at = 0; g < t->n_groups; at += t->group_len[g++]) {
+            const int from = at - 64 * word, to = from + t->group_len[g];
+            if (from < 64 && to > 0) {
+                const uint64_t below = to >= 64 ? ~0ull : (1ull << to) - 1;
+                const uint64_t mine = from > 0 ? below & ~((1ull << from) - 1) : below;
+                lv = _mm512_mask_permutexvar_epi8(lv, mine, index, _mm512_load_si512(tables().table[PYTQ_CODE_TRELLIS][t->group_bits[g]].all));
+            }
+        }
+        alignas(64) int8_t bytes[64];
+        _mm512_store_si512(bytes, lv);
+        for (int i = 0; i < 64; i += 16) {
+            _mm512_store_ps(level + 64 * word + i, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_load_si128((const __m128i *) (bytes + i)))));
+        }
+    }
+    for (int g = 0, at = 0; g < t->n_groups; at += t->group_len[g++]) {
+        const int n = t->group_len[g];
+        const float step = tables().table[PYTQ_CODE_TRELLIS][t->group_bits[g]].step;
+        const float xl = sum_product(x + at, level + at, n), ll = sum_product(level + at, level + at, n);
+        int best = e[g];
+        float best_err = 0.0f;
+        for (int k = 0; k < 3 && e[g] > 0; k++) {
+            const int cand = e[g] + (k == 1 ? -1 : k == 2 ? 1 : 0);
+            if (cand < 1 || cand > 255) {
+                continue;
+            }
+            const float f = log8[cand] * step, fll = f * ll, err = f * (fll - 2.0f * xl);
+            if (k == 0 || err < best_err) {
+                best = cand;
+                best_err = err;
+            }
+        }
+        out[g] = (uint8_t) best;
+    }
+}
+
+static void encode_scalar(const pytq_type_info *t, const float *x, uint8_t *out) {
+    const int d = t->head_dim;
+    const search_table &s = tables().table[PYTQ_CODE_SCALAR][t->group_bits[0]];
+    alignas(64) float level[PYTQ_MAX_HEAD_DIM];
+    alignas(64) uint8_t index[PYTQ_MAX_HEAD_DIM];
+    const float ss = sum_product(x, x, d);
+    const __m512 inv = _mm512_set1_ps(1.0f / (sqrtf(ss / (float) d) * s.step));
+    for (int i = 0; i < d; i += 16) {
+        const zi k = nearest(_mm512_mul_ps(_mm512_loadu_ps(x + i), inv), s.limit[0], s.n_sub);
+        _mm512_store_ps(level + i, _mm512_permutexvar_ps(k, _mm512_load_ps(s.level[0])));
+        _mm_store_si128((__m128i *) (index + i), _mm512_cvtepi32_epi8(k));
+    }
+    for (int word = 0; 64 * word < d; word++) {
+        const zi k = _mm512_load_si512(index + 64 * word);
+        for (int p = 0; p < t->n_planes; p++) {
+            store_plane(t, p, word, _mm512_test_epi8_mask(k, _mm512_set1_epi8((char) (1 << p))), out);
+        }
+    }
+    const float ll = sum_product(level, level, d);
+    const float scale = sqrtf(ss / ll) / s.step;
+    const uint16_t h = scale < 65504.0f ? (uint16_t) _mm_extract_epi16(_mm_cvtps_ph(_mm_set_ss(scale), _MM_FROUND_TO_NEAREST_INT), 0) : 0x7bff;
+    memcpy(out, &h, 2);
+}
+
+void Tier::quantize(const pytq_type_info *t, const float *x, void *y, int64_t n) {
+    uint8_t *out = (uint8_t *) y;
+    for (int64_t at = 0; at < n; at += t->head_dim, out += t->block_bytes, x += t->head_dim) {
+        __m512 top = _mm512_setzero_ps();
+        __mmask16 bad = 0;
+        for (int i = 0; i < t->head_dim; i += 16) {
+            const __m512 a = _mm512_abs_ps(_mm512_loadu_ps(x + i));
+            bad |= _mm512_cmp_ps_mask(a, _mm512_set1_ps(3.4028234e38f), _CMP_NLE_UQ);
+            top = _mm512_max_ps(top, a);
+        }
+        const float m = _mm512_reduce_max_ps(top);
+        if (bad || !(m >= 0x1p-40f && m <= 0x1p40f)) {
+            pytq_quantize_ref(t, x, out, t->head_dim);  // zero, non-finite or out of range: rare
+        } else if (t->code == PYTQ_CODE_SCALAR) {
+            encode_scalar(t, x, out);
+        } else {
+            encode_trellis(t, x, out);
+        }
+    }
+}
+
+void Tier::dequantize(const pytq_type_info *t, const void *y, float *x, int64_t n) {
+    const uint8_t *in = (const uint8_t *) y;
+    for (int64_t at = 0; at < n; at += t->head_dim, in += t->block_bytes, x += t->head_dim) {
+        uint64_t before = 0;
+        for (int word = 0; 64 * word < t->head_dim; word++) {
+            uint64_t plane[PYTQ_MAX_PLANES];
+            for (int p = 0; p < t->n_planes; p++) {
+                const int bytes = t->plane_len[p] / 8 - 8 * word;
+                plane[p] = 0;
+                if (bytes > 0) {
+                    memcpy(&plane[p], in + t->plane_off[p] + 8 * word, (size_t) (bytes < 8 ? bytes : 8));
+                }
+            }
+            zi index = _mm512_setzero_si512();
+            int low = 0;
+            if (t->code == PYTQ_CODE_TRELLIS) {
+                const uint64_t u = plane[0];
+                auto delayed = [&](int k) { return u << k | before >> (64 - k); };
+                index = _mm512_mask_blend_epi8(u ^ delayed(5) ^ delayed(6), index, _mm512_set1_epi8(2));
+                index = _mm512_mask_add_epi8(index, delayed(2) ^ delayed(4), index, _mm512_set1_epi8(1));
+                before = u;
+                low = 1;
+            }
+            for (int p = low; p < t->n_planes; p++) {
+                index = _mm512_mask_add_epi8(index, plane[p], index, _mm512_set1_epi8((char) (1 << (p + low))));
+            }
+            alignas(64) int8_t bytes[64];
+            for (int g = 0, g0 = 0; g < t->n_groups; g0 += t->group_len[g++]) {
+                const int from = g0 > 64 * word ? g0 : 64 * word;
+                const int to = g0 + t->group_len[g] < 64 * word + 64 ? g0 + t->group_len[g] : 64 * word + 64;
+                if (from >= to) {
+                    continue;
+                }
+                const search_table &s = tables().table[t->code][t->group_bits[g]];
+                _mm512_store_si512(bytes, _mm512_permutexvar_epi8(index, _mm512_load_si512(s.all)));
+                float factor;
+                if (t->scale == PYTQ_SCALE_LOG8) {
+                    factor = pytq_log8_table()[in[g]] * s.step;
+                } else {
+                    factor = _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(in[2 * g] | in[2 * g + 1] << 8))) * s.step;
+                }
+                for (int i = from; i < to; i += 8) {
+                    const __m256 v = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) (bytes + i - 64 * word))));
+                    _mm256_storeu_ps(x + i, _mm256_mul_ps(v, _mm256_set1_ps(factor)));
+                }
+            }
+        }
+    }
+}
 
 const pytq_cpu_tier_row row = {"avx512", PYTQ_CAP_AVX2 | PYTQ_CAP_AVX512, Tier::quantize, Tier::dequantize, run_item<Tier>, run_merge<Tier>};
 
