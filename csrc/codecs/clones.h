@@ -1,4 +1,5 @@
-// One source, several ISAs: the linker picks the widest clone that the CPU runs. Without this the file runs as compiled.
+// One source, several ISAs: the linker picks the widest clone that the CPU runs. Without this the file runs as
+// compiled.
 #ifndef PYTQ_CODECS_CLONES_H
 #define PYTQ_CODECS_CLONES_H
 

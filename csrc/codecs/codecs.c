@@ -19,20 +19,20 @@
 
 #define SQRT_HALF_PI 1.2533141373155003
 
-static const float * const lm_levels[9] = { 0,           lloyd_max_1, lloyd_max_2, lloyd_max_3, lloyd_max_4,
-                                            lloyd_max_5, lloyd_max_6, lloyd_max_7, lloyd_max_8 };
-static const float * const lm_thr[9]    = { 0,
-                                            lloyd_max_thr_1,
-                                            lloyd_max_thr_2,
-                                            lloyd_max_thr_3,
-                                            lloyd_max_thr_4,
-                                            lloyd_max_thr_5,
-                                            lloyd_max_thr_6,
-                                            lloyd_max_thr_7,
-                                            lloyd_max_thr_8 };
-static const float * const polar_cos[5] = { 0, polar_cos_1, polar_cos_2, polar_cos_3, polar_cos_4 };
-static const float * const polar_sin[5] = { 0, polar_sin_1, polar_sin_2, polar_sin_3, polar_sin_4 };
-static const float * const polar_tan[5] = { 0, polar_tan_1, polar_tan_2, polar_tan_3, polar_tan_4 };
+static const float * const lm_levels[9] = {0,           lloyd_max_1, lloyd_max_2, lloyd_max_3, lloyd_max_4,
+                                           lloyd_max_5, lloyd_max_6, lloyd_max_7, lloyd_max_8};
+static const float * const lm_thr[9] = {0,
+                                        lloyd_max_thr_1,
+                                        lloyd_max_thr_2,
+                                        lloyd_max_thr_3,
+                                        lloyd_max_thr_4,
+                                        lloyd_max_thr_5,
+                                        lloyd_max_thr_6,
+                                        lloyd_max_thr_7,
+                                        lloyd_max_thr_8};
+static const float * const polar_cos[5] = {0, polar_cos_1, polar_cos_2, polar_cos_3, polar_cos_4};
+static const float * const polar_sin[5] = {0, polar_sin_1, polar_sin_2, polar_sin_3, polar_sin_4};
+static const float * const polar_tan[5] = {0, polar_tan_1, polar_tan_2, polar_tan_3, polar_tan_4};
 
 static int scalar_bytes(const pytq_codec * c) {
     return c->wide ? 4 : 2;
@@ -46,9 +46,9 @@ int pytq_codec_bytes(const pytq_codec * c) {
     if (c->rotation == PYTQ_ROTATION_HADAMARD && pytq_hadamard_base(d) == 0) {
         return -1;
     }
-    const int m  = c->n_proj;
+    const int m = c->n_proj;
     const int ok = m >= 16 && m <= PYTQ_CODEC_MAX_DIM && m % 16 == 0;
-    const int s  = scalar_bytes(c);
+    const int s = scalar_bytes(c);
     switch (c->method) {
         case PYTQ_CODEC_TURBOQUANT_MSE:
             return c->bits < 1 || c->bits > 8 ? -1 : s + d / 8 * c->bits;
@@ -169,10 +169,10 @@ static inline void unpack_signs(float * v, const uint8_t * in, int n) {
 // ---- RaBitQ -------------------------------------------------------------------------------------------------------
 
 // Extended RaBitQ (arXiv 2409.09913, section 3.2, algorithm 1): among the grid vectors with coordinates +-(k + 1/2),
-// k < K = 2^(bits-1), find the one of the largest cosine to y. It is among the roundings of t |y| for t > 0; as t grows,
-// coordinate i steps from k - 1 to k at t = k / |y_i|, and numerator and denominator of the cosine are updated per step.
-// Steps are taken in the order of (t, i) from a heap. From 4 bits on only 0.5 K < t max|y| < 1.5 K is searched:
-// outside, the grid is twice too coarse, or clips a third of the largest coordinate.
+// k < K = 2^(bits-1), find the one of the largest cosine to y. It is among the roundings of t |y| for t > 0; as t
+// grows, coordinate i steps from k - 1 to k at t = k / |y_i|, and numerator and denominator of the cosine are updated
+// per step. Steps are taken in the order of (t, i) from a heap. From 4 bits on only 0.5 K < t max|y| < 1.5 K is
+// searched: outside, the grid is twice too coarse, or clips a third of the largest coordinate.
 static inline float rabitq_low(int bits, float top) {
     return bits < 4 ? 0.0f : 0.5f * (float) (1 << (bits - 1)) / top;
 }
@@ -197,23 +197,23 @@ static inline void sift_down(uint64_t * heap, int n, int at, uint64_t key) {
             break;
         }
         heap[at] = heap[child];
-        at       = child;
+        at = child;
     }
     heap[at] = key;
 }
 
 static inline void rabitq_search(int d, int bits, const float * a, uint8_t * k) {
     const int last = (1 << (bits - 1)) - 1;
-    float     top  = 0.0f;
+    float top = 0.0f;
     for (int i = 0; i < d; i++) {
         top = a[i] > top ? a[i] : top;
     }
-    const float low  = rabitq_low(bits, top);
+    const float low = rabitq_low(bits, top);
     const float high = rabitq_high(bits, top);
 
-    float    grid[PYTQ_CODEC_MAX_DIM];
+    float grid[PYTQ_CODEC_MAX_DIM];
     uint64_t heap[PYTQ_CODEC_MAX_DIM];
-    int      size = 0;
+    int size = 0;
     for (int i = 0; i < d; i++) {
         // Largest step below `low`; the guess may be off by one in float.
         int n = 0;
@@ -227,7 +227,7 @@ static inline void rabitq_search(int d, int bits, const float * a, uint8_t * k) 
                 n--;
             }
         }
-        k[i]    = (uint8_t) n;
+        k[i] = (uint8_t) n;
         grid[i] = (float) n + 0.5f;
         if (n < last && (float) (n + 1) / a[i] < high) {
             heap[size++] = step_key(n + 1, a[i], i);
@@ -236,16 +236,16 @@ static inline void rabitq_search(int d, int bits, const float * a, uint8_t * k) 
     for (int i = size / 2 - 1; i >= 0; i--) {
         sift_down(heap, size, i, heap[i]);
     }
-    float    num  = dot16(a, grid, d);
-    float    den  = dot16(grid, grid, d);
-    float    best = num * num / den;
+    float num = dot16(a, grid, d);
+    float den = dot16(grid, grid, d);
+    float best = num * num / den;
     uint64_t stop = 0;
-    uint8_t  now[PYTQ_CODEC_MAX_DIM];
+    uint8_t now[PYTQ_CODEC_MAX_DIM];
     memcpy(now, k, (size_t) d);
     while (size > 0) {
         const uint64_t key = heap[0];
-        const int      i   = (int) (uint32_t) key;
-        const int      n   = ++now[i];
+        const int i = (int) (uint32_t) key;
+        const int n = ++now[i];
         num += a[i];
         den += (float) (2 * n);
         const float value = num * num / den;
@@ -275,11 +275,11 @@ static inline void rabitq_search(int d, int bits, const float * a, uint8_t * k) 
 // One rounding at the step that is best for N(0,1) coordinates: what the search finds on average, at a fraction of its
 // cost. t = sqrt(d) / (norm * step).
 static inline void rabitq_round(int d, int bits, const float * a, float norm, uint8_t * k) {
-    const float t    = (float) sqrt((double) d) / (norm * uniform_step[bits]);
+    const float t = (float) sqrt((double) d) / (norm * uniform_step[bits]);
     const float last = (float) ((1 << (bits - 1)) - 1);
     for (int i = 0; i < d; i++) {
         const float v = a[i] * t;
-        k[i]          = (uint8_t) (int) (v < last ? v : last);
+        k[i] = (uint8_t) (int) (v < last ? v : last);
     }
 }
 
@@ -304,22 +304,22 @@ static inline void polar_level(int level, const float * v, int n, float * radius
     for (int i = 0; i < n; i++) {
         const float a = v[2 * i];
         const float b = v[2 * i + 1];
-        int         s = slope_bin(t, fabsf(a), fabsf(b));
+        int s = slope_bin(t, fabsf(a), fabsf(b));
         if (level == 1) {
             // Quadrants, counter-clockwise, four bins each.
             s = a < 0.0f ? (b < 0.0f ? 8 + s : 7 - s) : (b < 0.0f ? 15 - s : s);
         }
-        bin[i]    = (uint8_t) s;
+        bin[i] = (uint8_t) s;
         radius[i] = sqrtf(a * a + b * b);
     }
 }
 
 static inline int polar_encode(const pytq_codec * c, const float * y, int e, uint8_t * code) {
     const int d = c->dim;
-    float     r1[PYTQ_CODEC_MAX_DIM / 2];
-    float     r2[PYTQ_CODEC_MAX_DIM / 4];
-    uint8_t   bin[PYTQ_CODEC_MAX_DIM / 2];
-    uint8_t   fine[PYTQ_CODEC_MAX_DIM / 2];
+    float r1[PYTQ_CODEC_MAX_DIM / 2];
+    float r2[PYTQ_CODEC_MAX_DIM / 4];
+    uint8_t bin[PYTQ_CODEC_MAX_DIM / 2];
+    uint8_t fine[PYTQ_CODEC_MAX_DIM / 2];
     polar_level(1, y, d / 2, r1, bin);
     polar_level(2, r1, d / 4, r2, fine);
     polar_level(3, r2, d / 8, r1, fine + d / 4);
@@ -341,13 +341,13 @@ static inline int polar_encode(const pytq_codec * c, const float * y, int e, uin
 // Rotated coordinates divided by 2^e, with 2^e the returned power of two of the largest radius.
 static inline float polar_levels(const pytq_codec * c, const uint8_t * code, float * y) {
     const int d = c->dim;
-    float     r[PYTQ_CODEC_MAX_DIM / 2];
-    float     s[PYTQ_CODEC_MAX_DIM / 2];
-    uint8_t   bin[PYTQ_CODEC_MAX_DIM / 2];
-    float     top = 0.0f;
+    float r[PYTQ_CODEC_MAX_DIM / 2];
+    float s[PYTQ_CODEC_MAX_DIM / 2];
+    uint8_t bin[PYTQ_CODEC_MAX_DIM / 2];
+    float top = 0.0f;
     for (int g = 0; g < d / 16; g++) {
         r[g] = get_scalar(&code, c->wide);
-        top  = r[g] > top ? r[g] : top;
+        top = r[g] > top ? r[g] : top;
     }
     const int e = top > 0.0f ? exponent_of(top) : 0;
     for (int g = 0; g < d / 16; g++) {
@@ -358,16 +358,16 @@ static inline float polar_levels(const pytq_codec * c, const uint8_t * code, flo
     int at = d / 4 + d / 8;
     for (int level = 4, n = d / 16; level > 1; level--, n *= 2) {
         for (int i = 0; i < n; i++) {
-            const int t  = at + i;
-            const int b  = code[t / 4] >> (2 * (t % 4)) & 3;
-            s[2 * i]     = r[i] * polar_cos[level][b];
+            const int t = at + i;
+            const int b = code[t / 4] >> (2 * (t % 4)) & 3;
+            s[2 * i] = r[i] * polar_cos[level][b];
             s[2 * i + 1] = r[i] * polar_sin[level][b];
         }
         memcpy(r, s, sizeof(float) * (size_t) (2 * n));
         at -= 2 * n;
     }
     for (int i = 0; i < d / 2; i++) {
-        y[2 * i]     = r[i] * polar_cos_1[bin[i]];
+        y[2 * i] = r[i] * polar_cos_1[bin[i]];
         y[2 * i + 1] = r[i] * polar_sin_1[bin[i]];
     }
     return exp2_int(e);
@@ -376,18 +376,18 @@ static inline float polar_levels(const pytq_codec * c, const uint8_t * code, flo
 // ---- one vector ---------------------------------------------------------------------------------------------------
 
 static inline int encode_one(const pytq_codec * c, const float * x, uint8_t * code) {
-    const int d   = c->dim;
-    uint32_t  top = 0;
+    const int d = c->dim;
+    uint32_t top = 0;
     for (int i = 0; i < d; i++) {
         const uint32_t m = bits_of(x[i]) & 0x7fffffffu;
-        top              = m > top ? m : top;
+        top = m > top ? m : top;
     }
     if (top >= 0x7f800000u) {
         return 0;
     }
     // z holds the scaled input, then the normalised coordinates.
-    float     y[PYTQ_CODEC_MAX_DIM];
-    float     z[PYTQ_CODEC_MAX_DIM];
+    float y[PYTQ_CODEC_MAX_DIM];
+    float z[PYTQ_CODEC_MAX_DIM];
     const int e = top > 0 ? exponent_of(float_of(top)) : 0;
     const int a = -e / 2;
     const float p = exp2_int(a);
@@ -400,8 +400,8 @@ static inline int encode_one(const pytq_codec * c, const float * x, uint8_t * co
         return polar_encode(c, y, e, code);
     }
     const float norm = sqrtf(dot16(y, y, d));
-    int         ok   = put_scalar(&code, scale2(norm, e), c->wide);
-    uint8_t     index[PYTQ_CODEC_MAX_DIM];
+    int ok = put_scalar(&code, scale2(norm, e), c->wide);
+    uint8_t index[PYTQ_CODEC_MAX_DIM];
     if (c->method == PYTQ_CODEC_QJL) {
         matvec(c->proj_t, y, d, c->n_proj, z);
         pack_signs(code, z, c->n_proj);
@@ -431,8 +431,8 @@ static inline int encode_one(const pytq_codec * c, const float * x, uint8_t * co
         return ok;
     }
     const float root = (float) sqrt((double) d);
-    const float inv  = norm > 0.0f ? root / norm : 0.0f;
-    float       level[PYTQ_CODEC_MAX_DIM];
+    const float inv = norm > 0.0f ? root / norm : 0.0f;
+    float level[PYTQ_CODEC_MAX_DIM];
     for (int i = 0; i < d; i++) {
         z[i] = y[i] * inv;
     }
@@ -454,27 +454,27 @@ static inline int encode_one(const pytq_codec * c, const float * x, uint8_t * co
 
 // A code opened: value ~ scale * level in rotated space, plus sign_scale * S^T sign for the QJL part.
 typedef struct {
-    float scale;       // least squared error
-    float inner;       // unbiased for <q, x>
-    float sign_scale;  // QJL part relative to `scale`, for decoding
-    float sign_inner;  // QJL part for <q, x>
+    float scale;      // least squared error
+    float inner;      // unbiased for <q, x>
+    float sign_scale; // QJL part relative to `scale`, for decoding
+    float sign_inner; // QJL part for <q, x>
 } opened;
 
 static inline opened open_one(const pytq_codec * c, const uint8_t * code, float * level, float * sign) {
     const int d = c->dim;
     const int m = c->n_proj;
-    opened    o = { 0.0f, 0.0f, 0.0f, 0.0f };
+    opened o = {0.0f, 0.0f, 0.0f, 0.0f};
     if (c->method == PYTQ_CODEC_POLARQUANT) {
         o.scale = o.inner = polar_levels(c, code, level);
         return o;
     }
     const float norm = get_scalar(&code, c->wide);
-    uint8_t     index[PYTQ_CODEC_MAX_DIM];
+    uint8_t index[PYTQ_CODEC_MAX_DIM];
     if (c->method == PYTQ_CODEC_QJL) {
         const float k = (float) (SQRT_HALF_PI / m);
         unpack_signs(sign, code, m);
         memset(level, 0, sizeof(float) * (size_t) d);
-        o.scale      = norm;
+        o.scale = norm;
         o.sign_scale = k;
         o.sign_inner = norm * k;
         return o;
@@ -484,19 +484,19 @@ static inline opened open_one(const pytq_codec * c, const uint8_t * code, float 
         unpack_bits(index, code, d, c->bits);
         rabitq_grid(d, c->bits, index, level);
         const float size = sqrtf(dot16(level, level, d));
-        o.scale          = norm * cosine / size;
-        o.inner          = norm / (cosine * size);
+        o.scale = norm * cosine / size;
+        o.inner = norm / (cosine * size);
         return o;
     }
     const float root = (float) sqrt((double) d);
-    const int   prod = c->method == PYTQ_CODEC_TURBOQUANT_PROD;
-    const int   bits = c->bits - prod;
+    const int prod = c->method == PYTQ_CODEC_TURBOQUANT_PROD;
+    const int bits = c->bits - prod;
     o.scale = o.inner = norm / root;
     if (prod) {
         const float gamma = get_scalar(&code, c->wide);
-        const float k     = (float) (SQRT_HALF_PI / m);
-        o.sign_scale      = gamma * root * k;
-        o.sign_inner      = norm * gamma * k;
+        const float k = (float) (SQRT_HALF_PI / m);
+        o.sign_scale = gamma * root * k;
+        o.sign_inner = norm * gamma * k;
         unpack_signs(sign, code + d / 8 * bits, m);
     }
     unpack_bits(index, code, d, bits);
@@ -526,11 +526,11 @@ PYTQ_CLONES_FLAT int64_t pytq_codec_encode(const pytq_codec * c, const float * x
 }
 
 PYTQ_CLONES_FLAT void pytq_codec_decode(const pytq_codec * c, const uint8_t * codes, int64_t n, float * x) {
-    const int d     = c->dim;
+    const int d = c->dim;
     const int bytes = pytq_codec_bytes(c);
-    float     level[PYTQ_CODEC_MAX_DIM];
-    float     sign[PYTQ_CODEC_MAX_DIM];
-    float     back[PYTQ_CODEC_MAX_DIM];
+    float level[PYTQ_CODEC_MAX_DIM];
+    float sign[PYTQ_CODEC_MAX_DIM];
+    float back[PYTQ_CODEC_MAX_DIM];
     for (int64_t v = 0; v < n; v++) {
         const opened o = open_one(c, codes + v * bytes, level, sign);
         if (has_signs(c)) {
@@ -548,9 +548,9 @@ PYTQ_CLONES_FLAT void pytq_codec_decode(const pytq_codec * c, const uint8_t * co
 }
 
 PYTQ_CLONES_FLAT void pytq_codec_query(const pytq_codec * c, const float * q, int64_t n, float * prepared) {
-    const int d   = c->dim;
+    const int d = c->dim;
     const int len = pytq_codec_query_len(c);
-    float     y[PYTQ_CODEC_MAX_DIM];
+    float y[PYTQ_CODEC_MAX_DIM];
     for (int64_t v = 0; v < n; v++) {
         float * out = prepared + v * len;
         rotate(c, q + v * d, y);
@@ -564,18 +564,18 @@ PYTQ_CLONES_FLAT void pytq_codec_query(const pytq_codec * c, const float * q, in
     }
 }
 
-PYTQ_CLONES_FLAT void pytq_codec_inner(const pytq_codec * c, const float * prepared, int64_t n_query, const uint8_t * codes,
-                                  int64_t n, float * out, int64_t stride) {
-    const int d     = c->dim;
+PYTQ_CLONES_FLAT void pytq_codec_inner(const pytq_codec * c, const float * prepared, int64_t n_query,
+                                       const uint8_t * codes, int64_t n, float * out, int64_t stride) {
+    const int d = c->dim;
     const int bytes = pytq_codec_bytes(c);
-    const int len   = pytq_codec_query_len(c);
-    float     level[PYTQ_CODEC_MAX_DIM];
-    float     sign[PYTQ_CODEC_MAX_DIM];
+    const int len = pytq_codec_query_len(c);
+    float level[PYTQ_CODEC_MAX_DIM];
+    float sign[PYTQ_CODEC_MAX_DIM];
     for (int64_t v = 0; v < n; v++) {
         const opened o = open_one(c, codes + v * bytes, level, sign);
         for (int64_t u = 0; u < n_query; u++) {
-            const float * q     = prepared + u * len;
-            float         value = 0.0f;
+            const float * q = prepared + u * len;
+            float value = 0.0f;
             if (c->method != PYTQ_CODEC_QJL) {
                 value = o.inner * dot16(level, q, d);
                 q += d;

@@ -21,7 +21,7 @@ static inline float float_of(uint32_t u) {
 
 // Sum of products in 16 lanes, then lanes 8, 4, 2, 1 apart: one or two vector registers on every target.
 static inline float dot16(const float * a, const float * b, int n) {
-    float acc[16] = { 0.0f };
+    float acc[16] = {0.0f};
     for (int i = 0; i < n; i += 16) {
         for (int j = 0; j < 16; j++) {
             acc[j] += a[i + j] * b[i + j];
@@ -41,7 +41,7 @@ static inline void matvec(const float * transposed, const float * x, int n, int 
         y[i] = 0.0f;
     }
     for (int j = 0; j < n; j++) {
-        const float   v   = x[j];
+        const float v = x[j];
         const float * row = transposed + (int64_t) j * m;
         for (int i = 0; i < m; i++) {
             y[i] += v * row[i];
@@ -68,9 +68,9 @@ static inline int exponent_of(float v) {
 
 // Round to nearest even, subnormals kept, overflow to infinity: as NumPy's float16.
 static inline uint16_t half_of(float v) {
-    const uint32_t u    = bits_of(v);
+    const uint32_t u = bits_of(v);
     const uint32_t sign = u >> 16 & 0x8000u;
-    uint32_t       mag  = u & 0x7fffffffu;
+    uint32_t mag = u & 0x7fffffffu;
     if (mag >= 0x47800000u) {
         return (uint16_t) (sign | (mag > 0x7f800000u ? 0x7e00u : 0x7c00u));
     }
@@ -85,7 +85,7 @@ static inline uint16_t half_of(float v) {
 
 static inline float float_of_half(uint16_t h) {
     const uint32_t mag = h & 0x7fffu;
-    const float    v   = mag < 0x0400u ? (float) mag * 0x1p-24f : float_of((mag << 13) + 0x38000000u);
+    const float v = mag < 0x0400u ? (float) mag * 0x1p-24f : float_of((mag << 13) + 0x38000000u);
     return h & 0x8000u ? -v : v;
 }
 

@@ -22,7 +22,7 @@ static const unsigned rows20[20] = {
     0x00400, 0xd8b60, 0xb52d0, 0x6e1b0, 0xc730c, 0xaaa8a, 0x71986, 0x3b06c, 0x5685a, 0x8d836,
     0xffc01, 0x27f62, 0x4bed4, 0x93db8, 0x3cf1c, 0x5d6aa, 0x9e5c6, 0xe4cec, 0xe955a, 0xf2636 };
 // clang-format on
-static const unsigned rows1[1] = { 0 };
+static const unsigned rows1[1] = {0};
 
 static const unsigned * base_rows(int base) {
     return base == 1 ? rows1 : base == 12 ? rows12 : rows20;
@@ -56,13 +56,13 @@ int pytq_hadamard(float * out, int n) {
     if (base == 0) {
         return -1;
     }
-    const unsigned * rows  = base_rows(base);
-    const int        run   = n / base;
-    const float      scale = (float) (1.0 / sqrt((double) n));
+    const unsigned * rows = base_rows(base);
+    const int run = n / base;
+    const float scale = (float) (1.0 / sqrt((double) n));
     for (int i = 0; i < n; i++) {
         for (int j = 0; j < n; j++) {
-            const int sign        = (int) (rows[i / run] >> (j / run) & 1u);
-            const int flip        = parity((unsigned) (i % run) & (unsigned) (j % run));
+            const int sign = (int) (rows[i / run] >> (j / run) & 1u);
+            const int flip = parity((unsigned) (i % run) & (unsigned) (j % run));
             out[(long) i * n + j] = sign != flip ? -scale : scale;
         }
     }
@@ -80,8 +80,8 @@ PYTQ_CLONES int pytq_hadamard_apply(float * x, int n) {
             for (int j = i; j < i + h; j++) {
                 const float a = x[j];
                 const float b = x[j + h];
-                x[j]          = a + b;
-                x[j + h]      = a - b;
+                x[j] = a + b;
+                x[j + h] = a - b;
             }
         }
     }
@@ -97,7 +97,7 @@ PYTQ_CLONES int pytq_hadamard_apply(float * x, int n) {
                 }
             }
             for (int r = 0; r < base; r++) {
-                float sum[8] = { 0.0f };
+                float sum[8] = {0.0f};
                 for (int k = 0; k < base; k++) {
                     const float sign = rows[r] >> k & 1u ? -1.0f : 1.0f;
                     for (int c = 0; c < width; c++) {
