@@ -70,6 +70,8 @@ class BuildPy(build_py):
         for name in ("csrc", "patches"):
             shutil.copytree(ROOT / name, target / name)
         shutil.copy(ROOT / "CMakeLists.txt", target)
+        for table in ("types.def", "codebooks.def"):
+            shutil.copy(ROOT / "csrc" / table, Path(self.build_lib) / "pytq" / "codec")
 
 
 setup(

@@ -6,6 +6,7 @@ import of ``llama_cpp`` in the process (or ``LLAMA_CPP_LIB_PATH`` has to name th
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -13,24 +14,10 @@ from types import ModuleType
 from typing import Any
 
 from pytq import estimate, paths
-from pytq.codec.table import load_types
+from pytq.codec.table import FAMILY_STRIDE, STOCK, load_types
 from pytq.errors import PytqError
 from pytq.model import gguf_check
 
-# ids of ggml's own types (enum ggml_type in ggml.h); those of pytq come from csrc/types.def
-STOCK_IDS = {
-    "f32": 0,
-    "f16": 1,
-    "q4_0": 2,
-    "q4_1": 3,
-    "q5_0": 6,
-    "q5_1": 7,
-    "q8_0": 8,
-    "iq4_nl": 20,
-    "bf16": 30,
-    "mxfp4": 39,
-    "nvfp4": 40,
-}
 # types llama.cpp can hold in V without flash attention
 PLAIN = ("f32", "f16", "bf16")
 DEFAULT_K, DEFAULT_V = "turbo4", "turbo3"
@@ -38,10 +25,10 @@ DEFAULT_K, DEFAULT_V = "turbo4", "turbo3"
 
 def type_ids() -> dict[str, int]:
     """ggml type id of every cache type by the name of its flag."""
-    ids = dict(STOCK_IDS)
+    ids = {name: identifier for name, identifier, _, _ in STOCK}
     for row in load_types():
         # slot 0 of a family is the flag; the KV cache picks the concrete type by head_dim
-        ids[row.family] = row.id - row.id % 8
+        ids[row.family] = row.id - row.id % FAMILY_STRIDE
     return ids
 
 
@@ -54,7 +41,7 @@ def type_id(cache_type: str | int) -> int:
     ids = type_ids()
     if isinstance(cache_type, str):
         name = cache_type.lower()
-        if name in ids and name in (*estimate.known_types(), *ids):
+        if name in ids:
             return ids[name]
     elif isinstance(cache_type, int) and not isinstance(cache_type, bool):
         if cache_type in ids.values():
@@ -141,6 +128,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[name-defined]
         type_v: int | None = None,
         **kwargs: Any,
     ) -> None:
+        # the binding's destructor expects it, whatever is refused below
+        self._stack = contextlib.ExitStack()
         id_k = type_id(cache_type_k if type_k is None else type_k)
         id_v = type_id(cache_type_v if type_v is None else type_v)
         self.cache_type_k, self.cache_type_v = type_name(id_k), type_name(id_v)
@@ -208,6 +197,6 @@ class Llama(llama_cpp.Llama):  # type: ignore[name-defined]
 
 
 def _concrete(name: str, head_dims: list[int]) -> list[str]:
-    if name in STOCK_IDS:
+    if name not in estimate.pytq_types():
         return [name]
     return [f"{name}_d{d}" for d in head_dims]

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from pytq import __version__
 from pytq.errors import PytqError
 
 COMMANDS = (
@@ -70,6 +71,6 @@ def _module(name: str) -> str:
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="pytq", prog_name="pytq")
+@click.version_option(__version__, prog_name="pytq")
 def main() -> None:
     """KV-cache types of 2 to 4 bits for llama.cpp, on your own machine."""
