@@ -1,4 +1,5 @@
 // Types table: csrc/types.def expanded into rows with the derived offsets.
+#include "../layout.h"
 #include "../pytq.h"
 
 #include <string.h>
@@ -14,11 +15,6 @@ typedef struct {
     enum pytq_scale scale;
 } family_row;
 
-enum {
-#define PYTQ_FAMILY(name, index, code, scale) FAMILY_##name = index, SB_##name = PYTQ_SCALE_##scale,
-#include "../types.def"
-};
-
 static const family_row families[] = {
 #define PYTQ_FAMILY(name, index, code, scale) [index] = {#name, CODE_##code, SCALE_##scale},
 #include "../types.def"
@@ -26,25 +22,15 @@ static const family_row families[] = {
 
 #define N_FAMILIES ((int) (sizeof(families) / sizeof(families[0])))
 
-// Coordinates of plane p: all groups with more than p bits.
-#define PL(p, n0, b0, n1, b1, n2, b2) (((b0) > (p) ? (n0) : 0) + ((b1) > (p) ? (n1) : 0) + ((b2) > (p) ? (n2) : 0))
-#define NG(n1, n2) (1 + ((n1) > 0) + ((n2) > 0))
-#define OFF0(sb, ...) (sb)
-#define OFF1(sb, ...) (OFF0(sb, __VA_ARGS__) + PL(0, __VA_ARGS__) / 8)
-#define OFF2(sb, ...) (OFF1(sb, __VA_ARGS__) + PL(1, __VA_ARGS__) / 8)
-#define OFF3(sb, ...) (OFF2(sb, __VA_ARGS__) + PL(2, __VA_ARGS__) / 8)
-#define OFF4(sb, ...) (OFF3(sb, __VA_ARGS__) + PL(3, __VA_ARGS__) / 8)
-#define OFF5(sb, ...) (OFF4(sb, __VA_ARGS__) + PL(4, __VA_ARGS__) / 8)
-
 #define ROW(F, slot, hd, sb, n0, b0, n1, b1, n2, b2)                                                                           \
     {                                                                                                                          \
-        .id = PYTQ_TYPE_BASE + PYTQ_FAMILY_STRIDE * FAMILY_##F + (slot), .head_dim = (hd), .n_groups = NG(n1, n2),             \
+        .id = PYTQ_TYPE_BASE + PYTQ_FAMILY_STRIDE * PYTQ_FAMILY_INDEX_##F + (slot), .head_dim = (hd), .n_groups = PYTQ_NG(n1, n2),             \
         .group_len = {n0, n1, n2}, .group_bits = {b0, b1, b2}, .n_planes = (b0),                                               \
-        .plane_len = {PL(0, n0, b0, n1, b1, n2, b2), PL(1, n0, b0, n1, b1, n2, b2), PL(2, n0, b0, n1, b1, n2, b2),             \
-                      PL(3, n0, b0, n1, b1, n2, b2), PL(4, n0, b0, n1, b1, n2, b2)},            \
-        .plane_off = {OFF0(sb, n0, b0, n1, b1, n2, b2), OFF1(sb, n0, b0, n1, b1, n2, b2), OFF2(sb, n0, b0, n1, b1, n2, b2),    \
-                      OFF3(sb, n0, b0, n1, b1, n2, b2), OFF4(sb, n0, b0, n1, b1, n2, b2)},   \
-        .block_bytes = OFF5(sb, n0, b0, n1, b1, n2, b2), PYTQ_ROW_NAMES(F, hd)                                                 \
+        .plane_len = {PYTQ_PL(0, n0, b0, n1, b1, n2, b2), PYTQ_PL(1, n0, b0, n1, b1, n2, b2), PYTQ_PL(2, n0, b0, n1, b1, n2, b2),             \
+                      PYTQ_PL(3, n0, b0, n1, b1, n2, b2), PYTQ_PL(4, n0, b0, n1, b1, n2, b2)},            \
+        .plane_off = {PYTQ_OFF0(sb, n0, b0, n1, b1, n2, b2), PYTQ_OFF1(sb, n0, b0, n1, b1, n2, b2), PYTQ_OFF2(sb, n0, b0, n1, b1, n2, b2),    \
+                      PYTQ_OFF3(sb, n0, b0, n1, b1, n2, b2), PYTQ_OFF4(sb, n0, b0, n1, b1, n2, b2)},   \
+        .block_bytes = PYTQ_OFF5(sb, n0, b0, n1, b1, n2, b2), PYTQ_ROW_NAMES(F, hd)                                                 \
     }
 
 enum {
@@ -55,7 +41,7 @@ enum {
 #define PYTQ_ROW_NAMES(F, hd) .name = #F "_d" #hd, .family = #F, .code = (enum pytq_code) CODE_OF_##F, .scale = (enum pytq_scale) SCALE_OF_##F
 
 static const pytq_type_info types[] = {
-#define PYTQ_TYPE(F, slot, hd, n0, b0, n1, b1, n2, b2) ROW(F, slot, hd, (NG(n1, n2) * SB_##F), n0, b0, n1, b1, n2, b2),
+#define PYTQ_TYPE(F, slot, hd, n0, b0, n1, b1, n2, b2) ROW(F, slot, hd, (PYTQ_NG(n1, n2) * PYTQ_SCALE_BYTES_##F), n0, b0, n1, b1, n2, b2),
 #include "../types.def"
 };
 

@@ -1,0 +1,23 @@
+// Attention on compressed keys and values on the CPU: what the patched ggml-cpu calls.
+#pragma once
+
+#include "ggml.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct ggml_compute_params;
+
+// Computes a FLASH_ATTN_EXT node if a pytq kernel takes it; false leaves it to upstream's path.
+bool pytq_flash_attn_ext(const struct ggml_compute_params * params, struct ggml_tensor * dst);
+
+// Bytes of work memory that pytq_flash_attn_ext wants for this node, 0 if it does not take it.
+size_t pytq_flash_attn_ext_work_size(const struct ggml_tensor * node, int n_tasks);
+
+#ifdef __cplusplus
+}
+#endif
