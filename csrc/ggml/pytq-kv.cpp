@@ -45,7 +45,7 @@ double pytq_kv_bits(ggml_type type) { return 8.0 * (double) ggml_type_size(type)
 const std::vector<ggml_type> & pytq_cache_types() {
     static const std::vector<ggml_type> types = [] {
         std::vector<ggml_type> out;
-        for (const char * name : {"turbo2", "turbo3", "turbo4", "kv2", "kv3", "kv4"}) {
+        for (const char * name : {"turbo2", "turbo3", "turbo4", "kv2", "kv3", "kv4", "auto", "auto2", "auto3", "auto4"}) {
             out.push_back((ggml_type) pytq_type_from_name(name));
         }
         // formats that ggml has but upstream does not offer for the cache

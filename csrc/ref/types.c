@@ -62,7 +62,7 @@ int pytq_is_type(int id) { return pytq_type_name(id) != NULL; }
 
 static int family_of(int id) {
     const int f = id < PYTQ_TYPE_BASE ? -1 : (id - PYTQ_TYPE_BASE) / PYTQ_FAMILY_STRIDE;
-    return f < N_FAMILIES ? f : -1;
+    return f < N_FAMILIES && f >= 0 && families[f].flag ? f : -1;
 }
 
 const char *pytq_type_name(int id) {
@@ -76,7 +76,7 @@ const char *pytq_type_name(int id) {
 
 int pytq_type_from_name(const char *name) {
     for (int f = 0; f < N_FAMILIES; f++) {
-        if (strcmp(name, families[f].flag) == 0) {
+        if (families[f].flag && strcmp(name, families[f].flag) == 0) {
             return PYTQ_TYPE_BASE + PYTQ_FAMILY_STRIDE * f;
         }
     }

@@ -125,6 +125,12 @@ def flags() -> tuple[str, ...]:
     return tuple(name for name in families() if not name.endswith("s"))
 
 
+def profile_flags() -> tuple[str, ...]:
+    """The flags that only a profile resolves: they have no block of their own."""
+    with_blocks = {row.family for row in load_types()}
+    return tuple(name for name in flags() if name not in with_blocks)
+
+
 def find_type(family: str, head_dim: int) -> TypeRow:
     """The concrete type of a family at a head size.
 
