@@ -29,6 +29,9 @@ DEFAULT_PAIRS = "f16,q8_0,q4_0,turbo4,turbo3,kv4,kv4/kv3,kv3,kv2"
 UNITS = {"": 1, "k": 10, "m": 20, "g": 30, "t": 40}
 
 
+AUTO = ("auto", "auto2", "auto3", "auto4")  # resolved per layer by a profile
+
+
 @functools.cache
 def pytq_types() -> dict[str, dict[int, int]]:
     """Block bytes of every pytq type by flag and head_dim, from the table that C reads too."""
@@ -45,12 +48,12 @@ def flags() -> list[str]:
 
 def known_types() -> list[str]:
     """All names that ``--cache-type-k`` and ``-v`` of the patched build take."""
-    return [*STOCK_TYPES, *flags()]
+    return [*STOCK_TYPES, *flags(), *AUTO]
 
 
 def is_pytq(name: str) -> bool:
     """True for a type that only the patched build has."""
-    return name in pytq_types() or name in PATCHED_ONLY
+    return name in pytq_types() or name in AUTO or name in PATCHED_ONLY
 
 
 def check_type(name: str) -> str:
@@ -95,6 +98,8 @@ def parse_bytes(text: str) -> int:
 def head_bytes(name: str, head_dim: int) -> int:
     """Bytes of one stored head vector; PytqError when the type does not fit the head size."""
     table = pytq_types()
+    if name in AUTO:
+        raise PytqError(f"{name} needs a kv profile that says a type per layer: run `pytq calibrate MODEL`")
     if name in table:
         if head_dim not in table[name]:
             dims = ", ".join(str(d) for d in table[name])
@@ -191,22 +196,10 @@ def cache_size(model: Hparams, types: tuple[str, str] | LayerTypes, plan: Plan) 
     return CacheSize(k, v, state, values_k, values_v)
 
 
-def with_profile(type_k: str, type_v: str) -> tuple[str, str]:
-    """The types that a loaded profile selects: K of the kv family takes its split-rate layout."""
+def split_type(type_k: str) -> str:
+    """The layout that a kv type takes for K under a profile: bits split by importance."""
     split = f"{type_k}s"
-    return (split if split in pytq_types() else type_k), type_v
-
-
-def layer_types(layout: Layout, default: tuple[str, str]) -> LayerTypes:
-    """The types that the cache fields of a file give each layer, ``default`` where they say nothing."""
-    per_k, per_v = layout.get("pytq.cache.layer_k"), layout.get("pytq.cache.layer_v")
-
-    def choose(layer: Layer) -> tuple[str, str]:
-        k = per_k[layer.index] if per_k and layer.index < len(per_k) else ""
-        v = per_v[layer.index] if per_v and layer.index < len(per_v) else ""
-        return k or default[0], v or default[1]
-
-    return choose
+    return split if split in pytq_types() else type_k
 
 
 @dataclass(frozen=True)
@@ -218,10 +211,14 @@ class ModelInfo:
     hparams: Hparams
     weights: int
     n_vocab: int
+    profile: Layout | None = None  # what the patched build would load with it
+    assume_profile: bool = False  # count as if every layer had one
 
 
 def open_model(path: Path | str) -> ModelInfo:
-    """Reads the headers of a model (all parts of a split one)."""
+    """Reads the headers of a model (all parts of a split one) and finds its kv profile."""
+    from pytq.gguf import profile as kv_profile
+
     first, parts = read_model(path)
     hparams = read_hparams(first)
     if not hparams.kv_layers and not hparams.state_values:
@@ -229,7 +226,28 @@ def open_model(path: Path | str) -> ModelInfo:
     weights = sum(t.nbytes or 0 for part in parts for t in part.tensors)
     tokens = first.fields.get("tokenizer.ggml.tokens")
     n_vocab = tokens.count if tokens else int(first.get(f"{hparams.arch}.vocab_size", 0))
-    return ModelInfo(Path(path), first, hparams, weights, n_vocab)
+    return ModelInfo(Path(path), first, hparams, weights, n_vocab, kv_profile.find(first))
+
+
+def resolve(model: ModelInfo, types: tuple[str, str]) -> LayerTypes:
+    """The types that the patched build stores per layer for requested ones, as ``pytq_kv_policy::layer_type`` does.
+
+    ``auto`` types take the profile's choice, and kv types of K its split layout where the profile has a transform.
+    """
+    profile = model.profile
+    tensors = {t.name for t in profile.tensors} if profile else set()
+
+    def one(layer: Layer, side: str, name: str) -> str:
+        if name in AUTO and profile is not None:
+            choice = profile.get(f"kvprofile.types.{name}.{side}", [])
+            name = choice[layer.index] if layer.index < len(choice) else ""
+            if not name:
+                raise PytqError(f"{profile.path}: recommends no type for layer {layer.index}")
+        if side == "k" and (model.assume_profile or f"blk.{layer.index}.kv_k_rot" in tensors):
+            return split_type(name)
+        return name
+
+    return lambda layer: (one(layer, "k", types[0]), one(layer, "v", types[1]))
 
 
 def compute_bytes(model: ModelInfo, plan: Plan) -> int:
@@ -247,15 +265,16 @@ def check_ctx(model: ModelInfo, plan: Plan) -> None:
 
 def check_pair(model: ModelInfo, k: str, v: str) -> None:
     """PytqError when K and V cannot be stored as these types for this model."""
-    for layer in model.hparams.kv_layers:
-        head_bytes(k, layer.head_dim_k)
-        if layer.head_dim_v:
-            head_bytes(v, layer.head_dim_v)
+    cache_size(model.hparams, resolve(model, (k, v)), Plan(CTX_PAD))
 
 
 def total_bytes(model: ModelInfo, types: tuple[str, str], plan: Plan) -> int:
     """Weights, caches and compute buffer together."""
-    return model.weights + cache_size(model.hparams, types, plan).total + compute_bytes(model, plan)
+    return (
+        model.weights
+        + cache_size(model.hparams, resolve(model, types), plan).total
+        + compute_bytes(model, plan)
+    )
 
 
 def largest_ctx(
@@ -288,7 +307,6 @@ def estimate(
     pairs: Iterable[tuple[str, str]],
     plan: Plan,
     budget: int | None = None,
-    profile: bool = False,
 ) -> list[dict[str, Any]]:
     """One row per K/V pair: bytes, bits per value, the largest context in ``budget``, flags; or why it does not fit.
 
@@ -301,14 +319,13 @@ def estimate(
         )
     rows = []
     for pair in pairs:
-        stored = with_profile(*pair) if profile else pair
         row: dict[str, Any] = {
             "type_k": pair[0],
             "type_v": pair[1],
             "patched": is_pytq(pair[0]) or is_pytq(pair[1]),
         }
         try:
-            size = cache_size(model.hparams, stored, plan)
+            size = cache_size(model.hparams, resolve(model, pair), plan)
         except PytqError as error:
             rows.append(row | {"error": str(error)})
             continue
@@ -318,11 +335,11 @@ def estimate(
             "state_bytes": size.state,
             "cache_bytes": size.total,
             "bits_per_value": round(size.bits, 4),
-            "total_bytes": total_bytes(model, stored, plan),
+            "total_bytes": total_bytes(model, pair, plan),
             "flags": paste_flags(pair, plan.n_ctx, plan.n_seq),
         }
         if budget is not None:
-            best = largest_ctx(model, stored, budget, plan.n_seq, plan.unified)
+            best = largest_ctx(model, pair, budget, plan.n_seq, plan.unified)
             row |= {"max_ctx": best, "max_ctx_flags": paste_flags(pair, best, plan.n_seq) if best else None}
         rows.append(row)
     return rows

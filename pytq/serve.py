@@ -68,7 +68,7 @@ def prepare(request: Request, available: int | None) -> Ready:
     )
     plan = est.Plan(n_ctx, slots, request.unified)
     est.check_ctx(info, plan)
-    size = est.cache_size(info.hparams, types, plan)
+    size = est.cache_size(info.hparams, est.resolve(info, types), plan)
     needed = est.total_bytes(info, types, plan)
     if available is not None and needed > available:
         raise PytqError(memory_advice(info, types, plan, needed, available))

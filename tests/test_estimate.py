@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from shape_models import vocab_file
@@ -224,6 +225,35 @@ def test_agrees_on_real_models(allocated, model: Path, kind: str, pair: str) -> 
         plan = est.Plan(min(8192, info.hparams.n_ctx_train))
         kv, _ = allocated(kind, path, plan, types)
         assert kv == pytest.approx(est.cache_size(info.hparams, types, plan).kv, rel=0.01)
+
+
+def test_profile_beside_the_model_counts(models: dict[str, Path], tmp_path: Path) -> None:
+    """With a profile llama.cpp stores K of kv types in the split layout, and auto types become the profile's."""
+    path = tmp_path / "m.gguf"
+    path.write_bytes(models["llama-128"].read_bytes())
+    plain = est.open_model(path)
+    with pytest.raises(PytqError, match="needs a kv profile"):
+        est.check_pair(plain, "auto", "auto")
+    writer = gguf.GGUFWriter(tmp_path / "m.kvprofile.gguf", "kvprofile")
+    writer.add_array("kvprofile.types.auto.k", ["kv4", "kv4", "kv3", "kv3", "kv2"])
+    writer.add_array("kvprofile.types.auto.v", ["kv3"] * 5)
+    for layer in range(4):  # the last layer has no transform
+        writer.add_tensor(f"blk.{layer}.kv_k_rot", np.zeros((2, 128, 128), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    info, plan = est.open_model(path), est.Plan(1024)
+    names = [est.resolve(info, ("auto", "auto"))(layer) for layer in info.hparams.kv_layers]
+    assert names == [("kv4s", "kv3"), ("kv4s", "kv3"), ("kv3s", "kv3"), ("kv3s", "kv3"), ("kv2", "kv3")]
+    size = est.cache_size(info.hparams, est.resolve(info, ("kv3", "turbo3")), plan)
+    assert size.k == 1024 * 2 * (4 * est.head_bytes("kv3s", 128) + est.head_bytes("kv3", 128))
+    assert size.v == 1024 * 2 * 5 * est.head_bytes("turbo3", 128)
+    code, out, _ = cli("estimate", path, "--types", "auto,kv3", "--json")
+    assert code == 0 and json.loads(out)["profile"].endswith("m.kvprofile.gguf")
+    (tmp_path / "m.kvprofile.gguf").write_bytes(b"GGUF damaged, and long enough")
+    code, _, err = cli("estimate", path, "--types", "kv3")
+    assert code == 2 and err.startswith("error: ") and "kvprofile" in err
 
 
 def test_largest_context_is_the_largest(models: dict[str, Path]) -> None:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from pytq.bench import stats
 from pytq.errors import PytqError
-from pytq.estimate import MIB, ModelInfo, Plan, cache_size, check_pair, is_pytq, pair_name
+from pytq.estimate import MIB, ModelInfo, Plan, cache_size, check_pair, is_pytq, pair_name, resolve
 
 Row = dict[str, Any]
 BASELINE = ("f16", "f16")
@@ -232,7 +232,9 @@ def summarise(results: Results, model: ModelInfo, builds: Mapping[str, Build]) -
         if row.get("build_commit") in (None, "", "unknown"):
             row["build_commit"] = _commit(builds.get(case.build), case.build)
         size = cache_size(
-            model.hparams, (case.type_k, case.type_v), Plan(depth + options.n_prompt + options.n_gen)
+            model.hparams,
+            resolve(model, (case.type_k, case.type_v)),
+            Plan(depth + options.n_prompt + options.n_gen),
         )
         row |= {
             "build": case.build,

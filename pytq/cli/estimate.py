@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -22,9 +23,7 @@ from pytq import estimate as est
 @click.option(
     "--ubatch", type=int, default=est.N_UBATCH, show_default=True, help="llama.cpp's --ubatch-size."
 )
-@click.option(
-    "--profile", is_flag=True, help="Count the layout that kv types use for K when a profile is loaded."
-)
+@click.option("--profile", is_flag=True, help="Count as if MODEL had a kv profile already.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON only.")
 def command(
     model: Path,
@@ -43,11 +42,11 @@ def command(
     """
     pairs = est.parse_pairs(types)
     size = est.parse_bytes(budget) if budget is not None else None
-    info = est.open_model(model)
+    info = dataclasses.replace(est.open_model(model), assume_profile=profile)
     shape = info.hparams
     n_ctx = ctx if ctx is not None else min(shape.n_ctx_train, 32768) * (1 if unified else parallel)
     plan = est.Plan(n_ctx, parallel, unified, ubatch)
-    rows = est.estimate(info, pairs, plan, size, profile)
+    rows = est.estimate(info, pairs, plan, size)
     if as_json:
         out = {
             "model": str(model),
@@ -60,6 +59,7 @@ def command(
             "weights_bytes": info.weights,
             "compute_bytes": est.compute_bytes(info, plan),
             "budget_bytes": size,
+            "profile": str(info.profile.path) if info.profile else None,
             "notes": list(shape.notes),
             "types": rows,
         }
@@ -117,6 +117,8 @@ def _print(info: est.ModelInfo, plan: est.Plan, rows: list[dict], budget: int | 
         console.print(f"  {line}", highlight=False, markup=False)
     if budget is not None:
         console.print("* the model's own limit", highlight=False)
+    if info.profile is not None:
+        console.print(f"kv profile: {info.profile.path}", highlight=False)
     for note in shape.notes:
         console.print(f"note: {note}", highlight=False)
     if any(row.get("patched") for row in rows):

@@ -210,6 +210,15 @@ def read_layout(path: Path | str) -> Layout:
         raise PytqError(f"{path}: cannot read: {error.strerror}") from error
 
 
+def parse_layout(data: bytes, name: Path) -> Layout:
+    """Like read_layout for a file that is in memory; ``name`` is how errors call it."""
+    if len(data) < PREFIX.size:
+        raise PytqError(
+            f"{name}: not a GGUF file: {len(data)} bytes, a GGUF header has at least {PREFIX.size}"
+        )
+    return _parse(_Cursor(data, name), name, len(data))
+
+
 def _parse(cursor: _Cursor, path: Path, size: int) -> Layout:
     magic, version, n_tensors, n_fields = PREFIX.unpack_from(cursor.data, cursor.take(PREFIX.size, "header"))
     if magic != MAGIC:

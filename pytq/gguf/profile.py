@@ -7,18 +7,19 @@ it, and extraction is exact by construction.
 
 from __future__ import annotations
 
+import os
 import struct
-import tempfile
 from pathlib import Path
 
 from gguf import GGUFValueType
 
 from pytq.errors import PytqError
 from pytq.gguf.edit import Edit, atomic, encode_string
-from pytq.gguf.layout import Layout, read_layout
+from pytq.gguf.layout import Layout, parse_layout, read_layout
 
 ARCH = "kvprofile"
 KEY = "pytq.kvprofile"
+SUFFIX = ".kvprofile.gguf"
 # the loader keeps fields in memory: a profile far beyond a few MB per layer is a mistake
 MAX_BYTES = 1 << 30
 
@@ -63,6 +64,34 @@ def embedded(model: Layout) -> bytes:
     return field.raw[len(field.raw) - field.count :]
 
 
+def read_embedded(model: Layout) -> Layout:
+    """The layout of the profile inside ``model``."""
+    return parse_layout(embedded(model), Path(f"profile inside {model.path}"))
+
+
+def find(model: Layout) -> Layout | None:
+    """The profile that the patched llama.cpp would use for this file, or None.
+
+    Its order: the file that PYTQ_KV_PROFILE names (``none``: no profile), MODEL.kvprofile.gguf beside the model, the
+    embedded one. PytqError when the one that counts is damaged.
+    """
+    named = os.environ.get("PYTQ_KV_PROFILE", "")
+    if named == "none":
+        return None
+    beside = model.path.with_name(model.path.name.removesuffix(".gguf") + SUFFIX)
+    if named:
+        found = read_layout(named)
+    elif beside.is_file():
+        found = read_layout(beside)
+    elif has_profile(model):
+        found = read_embedded(model)
+    else:
+        return None
+    if not is_profile(found):
+        raise PytqError(f"{found.path}: is a GGUF file, but no profile")
+    return found
+
+
 def extract(model: Layout, target: Path) -> None:
     """Writes the profile inside ``model`` to ``target``, byte for byte as it was embedded."""
     data = embedded(model)
@@ -75,12 +104,8 @@ def problems(layout: Layout) -> list[str]:
     if not has_profile(layout):
         return []
     try:
-        data = embedded(layout)
-        with tempfile.TemporaryDirectory() as directory:
-            copy = Path(directory) / "embedded.kvprofile.gguf"
-            copy.write_bytes(data)
-            if not is_profile(read_layout(copy)):
-                return ["the embedded profile is a GGUF file, but no profile"]
+        if not is_profile(read_embedded(layout)):
+            return ["the embedded profile is a GGUF file, but no profile"]
     except PytqError as error:
         return [str(error)]
     return []
