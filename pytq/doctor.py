@@ -393,7 +393,7 @@ def check_attention() -> list[Finding]:
         for tier in tiers():
             lib.pytq_force_caps(CAPS[tier])
             errors = {row.name: attention_error(row, row) for row in load_types()}
-            bad = [f"{name} ({error:.3f})" for name, error in errors.items() if not error <= ATTENTION_BOUND]
+            bad = [f"{name} ({error:.1e})" for name, error in errors.items() if not error <= ATTENTION_BOUND]
             why = "attention reads the compressed cache with these"
             if bad:
                 text = f"{len(bad)} types beyond {ATTENTION_BOUND}: {', '.join(bad[:5])}"
@@ -401,7 +401,7 @@ def check_attention() -> list[Finding]:
                     Finding(f"attention {tier}", FAIL, text, why, "reinstall pytq; if it stays, report it")
                 )
             else:
-                text = f"{len(errors)} types, largest relative error {max(errors.values()):.4f}"
+                text = f"{len(errors)} types, largest relative error {max(errors.values()):.1e}"
                 found.append(Finding(f"attention {tier}", OK, text, why))
     finally:
         lib.pytq_force_caps(before)
