@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pytq import estimate, fetch, paths
+from pytq import estimate, fetch, ffi, paths
 from pytq.codec.table import TypeRow, load_types
 from pytq.errors import PytqError
 
@@ -27,10 +27,11 @@ OK, WARN, FAIL = "ok", "warning", "problem"
 EXIT_CODES = {OK: 0, WARN: 1, FAIL: 2}
 GOLDEN = Path(__file__).parent / "golden.json"
 GOLDEN_VECTORS = 8
-# relative error of attention in float32 against float64 on the same decoded values: sums of a few hundred terms,
-# and int8 queries in the integer tiers
-ATTENTION_BOUND = 0.02
-CAPS = {"scalar": 0, "avx2": 1, "avx512": 2, "neon": 4}
+# relative error of attention against float64 on the same decoded values: queries and weights in the integer tiers have
+# 15 bits, sums are float32; measured 7e-5, so a wrong level or lane shows
+ATTENTION_BOUND = 2e-3
+# bits of pytq_cpu_caps() that each tier needs
+CAPS = {"scalar": 0, "avx2": 1, "avx512": 1 | 2, "neon": 4}
 MIN_FREE = 2 << 30
 
 
@@ -214,12 +215,12 @@ def check_space() -> list[Finding]:
 
 def check_extension() -> list[Finding]:
     """The compiled part, the instruction sets it found, and the one it uses."""
-    from pytq import ffi
-
     lib = ffi.lib()
     caps = lib.pytq_cpu_caps()
     tier = ffi.ffi().string(lib.pytq_cpu_tier()).decode()
-    able = [name for name, bit in CAPS.items() if bit & caps] or ["none beyond the baseline"]
+    able = [name for name, bits in CAPS.items() if bits and bits & caps == bits] or [
+        "none beyond the baseline"
+    ]
     forced = os.environ.get("PYTQ_CPU_CAPS")
     if tier == "scalar" and not forced:
         return [
@@ -274,14 +275,10 @@ def digest(blocks: bytes | NDArray[np.uint8]) -> str:
 
 
 def _info(row: TypeRow) -> Any:
-    from pytq import ffi
-
     return ffi.lib().pytq_type_get(row.id)
 
 
 def _quantize(row: TypeRow, x: NDArray[np.float32], reference: bool = False) -> NDArray[np.uint8]:
-    from pytq import ffi
-
     ptr = ffi.ffi().from_buffer
     flat = np.ascontiguousarray(x, np.float32).reshape(-1)
     out = np.empty(flat.size // row.head_dim * row.block_bytes, np.uint8)
@@ -292,8 +289,6 @@ def _quantize(row: TypeRow, x: NDArray[np.float32], reference: bool = False) -> 
 
 
 def _dequantize(row: TypeRow, blocks: NDArray[np.uint8], n: int) -> NDArray[np.float32]:
-    from pytq import ffi
-
     ptr = ffi.ffi().from_buffer
     out = np.empty(n, np.float32)
     ffi.lib().pytq_dequantize_ref(
@@ -326,19 +321,19 @@ def check_golden() -> list[Finding]:
 
 
 def tiers() -> Iterator[str]:
-    """The kernel tiers this machine can run."""
-    from pytq import ffi
-
-    caps = ffi.lib().pytq_cpu_caps()
-    for name, bit in CAPS.items():
-        if bit & caps or not bit:
-            yield name
+    """The kernel tiers this machine can run and this build has; each is in use while it is yielded."""
+    lib = ffi.lib()
+    try:
+        for name, bits in CAPS.items():
+            lib.pytq_force_caps(bits)
+            if ffi.ffi().string(lib.pytq_cpu_tier()).decode() == name:
+                yield name
+    finally:
+        lib.pytq_force_caps(lib.pytq_cpu_caps())
 
 
 def attention_error(row_k: TypeRow, row_v: TypeRow, n_kv: int = 96) -> float:
     """Largest relative error of the kernel in use against float64 attention over the decoded cache."""
-    from pytq import ffi
-
     f = ffi.ffi()
     d, heads, kv_heads = row_k.head_dim, 4, 2
     rng = np.random.default_rng(7)
@@ -384,27 +379,19 @@ def attention_error(row_k: TypeRow, row_v: TypeRow, n_kv: int = 96) -> float:
 
 def check_attention() -> list[Finding]:
     """Every tier of the machine on every type as K and V."""
-    from pytq import ffi
-
-    lib = ffi.lib()
     found = []
-    before = lib.pytq_cpu_caps()
-    try:
-        for tier in tiers():
-            lib.pytq_force_caps(CAPS[tier])
-            errors = {row.name: attention_error(row, row) for row in load_types()}
-            bad = [f"{name} ({error:.1e})" for name, error in errors.items() if not error <= ATTENTION_BOUND]
-            why = "attention reads the compressed cache with these"
-            if bad:
-                text = f"{len(bad)} types beyond {ATTENTION_BOUND}: {', '.join(bad[:5])}"
-                found.append(
-                    Finding(f"attention {tier}", FAIL, text, why, "reinstall pytq; if it stays, report it")
-                )
-            else:
-                text = f"{len(errors)} types, largest relative error {max(errors.values()):.1e}"
-                found.append(Finding(f"attention {tier}", OK, text, why))
-    finally:
-        lib.pytq_force_caps(before)
+    for tier in tiers():
+        errors = {row.name: attention_error(row, row) for row in load_types()}
+        bad = [f"{name} ({error:.1e})" for name, error in errors.items() if not error <= ATTENTION_BOUND]
+        why = "attention reads the compressed cache with these"
+        if bad:
+            text = f"{len(bad)} types beyond {ATTENTION_BOUND}: {', '.join(bad[:5])}"
+            found.append(
+                Finding(f"attention {tier}", FAIL, text, why, "reinstall pytq; if it stays, report it")
+            )
+        else:
+            text = f"{len(errors)} types, largest relative error {max(errors.values()):.1e}"
+            found.append(Finding(f"attention {tier}", OK, text, why))
     return found
 
 
