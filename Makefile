@@ -19,7 +19,8 @@ $(BIN)/python:
 # The extension is compiled by the install, so the stamp depends on its sources too.
 $(VENV)/.installed: $(BIN)/python pyproject.toml setup.py CMakeLists.txt pytq/ffi_build.py $(NATIVE)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --upgrade "pip>=24"
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e ".[dev]"
+	@echo "installing pytq and what it needs into $(VENV) (a minute or two) ..." >&2
+	$(BIN)/python -m pip install --disable-pip-version-check -qq -e ".[dev]"
 	$(BIN)/python -m pytq.fetch binding
 	@touch $@
 

@@ -114,7 +114,9 @@ def run(again: bool = False) -> None:
     from rich.table import Table
 
     for kind in paths.KINDS:
-        say(f"{kind} llama.cpp: {build.build(kind).root}")
+        named = os.environ.get(f"PYTQ_{kind.upper()}_BUILD")
+        found = paths.find_build(kind) if named else build.build(kind)
+        say(f"{kind} llama.cpp: {found.root}")
     model = default_model()
     say(f"model: {model}")
 
