@@ -2,6 +2,7 @@
 
 #include "codecs/hadamard.h"
 
+#include <cstring>
 #include <stdexcept>
 
 ggml_type pytq_kv_layer_type(ggml_type requested, uint32_t head_dim, char kv, uint32_t il) {
@@ -45,8 +46,11 @@ double pytq_kv_bits(ggml_type type) { return 8.0 * (double) ggml_type_size(type)
 const std::vector<ggml_type> & pytq_cache_types() {
     static const std::vector<ggml_type> types = [] {
         std::vector<ggml_type> out;
-        for (const char * name : {"turbo2", "turbo3", "turbo4", "kv2", "kv3", "kv4", "auto", "auto2", "auto3", "auto4"}) {
-            out.push_back((ggml_type) pytq_type_from_name(name));
+        for (int id = PYTQ_TYPE_BASE; id < PYTQ_TYPE_END; id += PYTQ_FAMILY_STRIDE) {
+            const char * name = pytq_type_name(id);
+            if (name && name[strlen(name) - 1] != 's') {  // split layouts are chosen by a profile
+                out.push_back((ggml_type) id);
+            }
         }
         // formats that ggml has but upstream does not offer for the cache
         out.push_back(GGML_TYPE_MXFP4);
