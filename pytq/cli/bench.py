@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,13 @@ def command(
         kind: paths.find_build(kind, backend) for kind in paths.KINDS if any(c.build == kind for c in cases)
     }
     programs = {str(kind): build.program("llama-bench") for kind, build in builds.items()}
-    with progress_bar("bench") as progress:
-        results = runner.run(options, cases, programs, progress)
+    # a terminated run (a job's time limit) reports what it has, as Ctrl-C does
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with progress_bar("bench") as progress:
+            results = runner.run(options, cases, programs, progress)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     rows = runner.summarise(results, info, {str(kind): build for kind, build in builds.items()})
     if not rows:
         click.echo("interrupted before anything was measured", err=True)
@@ -106,6 +112,10 @@ def command(
             click.echo(f"warning: {warning}", err=True)
     if results.interrupted:
         raise click.exceptions.Exit(EXIT_INTERRUPTED)
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def parse_depths(text: str) -> tuple[int, ...]:
