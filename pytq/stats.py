@@ -184,24 +184,38 @@ def accumulate(st: LayerStats, a: Attention, wo: F32 | None, stride: int = QUERY
         st.o_sum += float((o * o).sum())
 
 
-def output_factors(model: Path, n_layer: int) -> dict[int, F32]:
-    """{layer: [n_head, d_v, d_v]}: R_h with R_h R_h^T = W_o,h^T W_o,h, for layers whose output projection is found under its usual name."""
+def dequantize(data: npt.NDArray[np.uint8], ggml_type: int, dims: Sequence[int]) -> F32:
+    """A tensor's bytes as float32 in NumPy order (dims reversed); NotImplementedError for types that gguf cannot decode."""
     import gguf
 
-    reader = gguf.GGUFReader(str(model))
-    arch = str(reader.fields["general.architecture"].contents())
-    heads = reader.fields.get(f"{arch}.attention.head_count")
-    if heads is None:
+    kind = gguf.GGMLQuantizationType(ggml_type)
+    shape = gguf.quant_shape_to_byte_shape(tuple(dims[::-1]), kind)
+    plain = {gguf.GGMLQuantizationType.F32: np.float32, gguf.GGMLQuantizationType.F16: np.float16}.get(kind)
+    if plain is not None:
+        return data.view(plain).reshape(dims[::-1]).astype(np.float32)
+    return np.asarray(gguf.dequantize(data.reshape(shape), kind), np.float32).reshape(dims[::-1])
+
+
+def output_factors(model: Path, n_layer: int) -> dict[int, F32]:
+    """{layer: [n_head, d_v, d_v]}: R_h with R_h R_h^T = W_o,h^T W_o,h, for layers whose output projection is found under its usual name."""
+    from pytq.gguf.layout import read_layout
+
+    layout = read_layout(model)
+    arch = layout.get("general.architecture")
+    n_head = layout.get(f"{arch}.attention.head_count")
+    if n_head is None:
         return {}
-    n_head = heads.contents()
     out: dict[int, F32] = {}
-    for t in reader.tensors:
+    raw = np.memmap(model, np.uint8, "r")
+    for t in layout.tensors:
         m = re.fullmatch(r"blk\.(\d+)\.attn_output\.weight", t.name)
-        if m is None or int(m[1]) >= n_layer:
+        if m is None or int(m[1]) >= n_layer or t.nbytes is None:
             continue
-        nh = int(n_head[int(m[1])]) if isinstance(n_head, (list, tuple)) else int(n_head)
+        nh = int(n_head[int(m[1])]) if isinstance(n_head, list) else int(n_head)
+        start = layout.data_start + t.offset
+        data = np.asarray(raw[start : start + t.nbytes])
         try:
-            w = gguf.dequantize(t.data, t.tensor_type).astype(np.float32)
+            w = dequantize(data, t.ggml_type, t.dims)
         except NotImplementedError:
             continue
         if w.ndim != 2 or w.shape[1] % nh:
