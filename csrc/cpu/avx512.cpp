@@ -54,7 +54,7 @@ PYTQ_INLINE zi lanes16(const uint8_t *const *p, size_t off) {
 }
 
 // How a type's index bits are found in the planes.
-enum shape { NIBBLE, BYTE5, SPLIT };
+enum shape { NIBBLE, BYTE5, BYTE6, SPLIT };
 
 struct layout {
     shape kind;
@@ -67,7 +67,7 @@ struct layout {
 
 static shape shape_of(const pytq_type_info *t) {
     const int bits = t->group_bits[0] + (t->code == PYTQ_CODE_TRELLIS);
-    return t->n_groups > 1 ? SPLIT : bits <= 4 ? NIBBLE : BYTE5;
+    return t->n_groups > 1 ? SPLIT : bits <= 4 ? NIBBLE : bits == 5 ? BYTE5 : BYTE6;
 }
 
 static void make_layout(const pytq_type_info *t, int bias, layout *l) {
@@ -85,6 +85,10 @@ static void make_layout(const pytq_type_info *t, int bias, layout *l) {
         for (int i = 0; i < 16; i++) {
             l->table[i] = (uint8_t) (cb->levels[i] + bias);
             l->table[48 + i] = (uint8_t) (cb->levels[16 + i] + bias);
+        }
+    } else if (l->kind == BYTE6) {
+        for (int i = 0; i < 64; i++) {
+            l->table[i] = (uint8_t) (cb->levels[i] + bias);
         }
     } else {
         int base = 0, at = 0;
@@ -189,6 +193,8 @@ PYTQ_INLINE void indices(const layout *l, const uint8_t *const *p, int chunk, zi
     }
     if (KIND == BYTE5) {
         interleave(r[4 % NR], r[4 % NR], r[4 % NR], r[4 % NR], e);
+    } else if (KIND == BYTE6) {
+        interleave(r[5 % NR], r[5 % NR], r[5 % NR], r[4 % NR], e);  // vpermb ignores the two upper bits
     } else {
         const zi zero = _mm512_setzero_si512();
         interleave(zero, zero, NR > 5 ? r[5 % NR] : zero, r[4 % NR], e);
@@ -338,6 +344,7 @@ typedef void unpack_fn(const pytq_type_info *, const layout *, const uint8_t *, 
                          : np == 2 ? fn<NIBBLE, true, half, 2>                                                                 \
                                    : fn<NIBBLE, true, half, 3>                                                                 \
      : l->kind == BYTE5 ? fn<BYTE5, true, half, 4>                                                                             \
+     : l->kind == BYTE6 ? fn<BYTE6, true, half, 5>                                                                             \
      : np == 4          ? fn<SPLIT, true, half, 4>                                                                             \
                         : fn<SPLIT, true, half, 5>)
 
