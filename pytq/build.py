@@ -1,11 +1,13 @@
 """Building llama.cpp: pinned source, patch series, CMake and Ninja, atomic install.
 
-    archive -> work/<kind>-<backend>-<tree key>/src (unpacked, patched) -> .../build (Ninja)
+    archive -> work/<backend>-<source>/src (unpacked; the series applied or taken back) -> .../build (Ninja)
             -> builds/.tmp-* -> builds/<kind>-<backend>-<key>   (one rename)
 
-Two keys keep this sound. The *tree key* (pin and series) names the work tree, so an edit of ``csrc/`` rebuilds
-only what it touches: Ninja knows those files. The *key* (tree, ``csrc/``, options, compiler, CPU) names
-the finished build, so a build of other sources or of another machine is never taken for the present one.
+Stock and patched share one work tree: most files are the same in both, so the second build compiles only what
+the series touches. ``work/.../state`` says what the tree holds (a *tree key*: pin and series); the originals of
+patched files lie beside it. An edit of ``csrc/`` rebuilds only what it touches: Ninja knows those files. The
+*key* (tree, ``csrc/``, options, compiler, CPU) names the finished build, so a build of other sources or of another
+machine is never taken for the present one.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ PROGRAMS = (
 # compares a GPU's operations with the CPU's
 GPU_PROGRAMS = ("test-backend-ops",)
 
-# measured: archive .08, two unpacked trees .2, two build trees .3, two installs .13; a GPU's kernels are larger
+# measured: archive .08, an unpacked tree .1, a build tree .15, two installs .13; a GPU's kernels are larger
 NEED_BYTES = {"cpu": 1_500_000_000, "cuda": 4_000_000_000, "hip": 4_000_000_000, "metal": 1_500_000_000}
 
 OPTIONS = (
@@ -312,10 +314,12 @@ def _build(
             "free some space, or set PYTQ_HOME to another disk"
         )
 
-    work = home / "work" / f"{kind}-{backend}-{tree[:12]}"
+    origin = tree_key("stock") if source is None else _digest(_tree_parts(source, (".git",)))
+    work = home / "work" / f"{backend}-{origin[:12]}"
     tree_dir = work / "src"
     if not tree_dir.exists():
-        _prepare(work, kind, tools, source)
+        _prepare(work, source)
+    _bring(work, kind, tools)
     log = home / "logs" / f"{target.name}.log"
     log.parent.mkdir(exist_ok=True)
     programs = PROGRAMS + (GPU_PROGRAMS if backend != "cpu" else ())
@@ -340,12 +344,12 @@ def _build(
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
     result = _install(home, work / "build", target, programs, info)
-    _clean_work(home, work, kind, backend)
+    _clean_work(home, work, backend)
     return result
 
 
-def _prepare(work: Path, kind: Kind, tools: Tools, source: Path | None) -> None:
-    """Makes ``work/src``: unpacked or copied, ``.git`` removed, patched; it appears by one rename."""
+def _prepare(work: Path, source: Path | None) -> None:
+    """Makes ``work/src``: unpacked or copied, ``.git`` removed; it appears by one rename."""
     archive = fetch.archive() if source is None else None
     # the build tree of an unfinished source tree would mix object files of two sources
     shutil.rmtree(work, ignore_errors=True)
@@ -358,12 +362,43 @@ def _prepare(work: Path, kind: Kind, tools: Tools, source: Path | None) -> None:
             else:
                 assert source is not None
                 shutil.copytree(source, fresh, symlinks=True, ignore=shutil.ignore_patterns(".git"))
-            if kind == "patched":
-                apply_series(fresh, tools.git)
             os.replace(fresh, work / "src")
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+
+
+def _patched_files() -> list[str]:
+    """Files that the series changes, relative to the source tree."""
+    text = "".join(patch.read_text() for patch in series())
+    return sorted(set(re.findall(r"^--- a/(\S+)$", text, flags=re.MULTILINE)))
+
+
+def _bring(work: Path, kind: Kind, tools: Tools) -> None:
+    """Brings ``work/src`` into the state of ``kind``, writing only the files that the series touches.
+
+    The state is written last: after an interruption the next run starts again from the originals.
+    """
+    state, originals, tree = work / "state", work / "original", work / "src"
+    want = tree_key(kind)
+    if state.exists() and state.read_text() == want:
+        return
+    state.unlink(missing_ok=True)
+    if originals.exists():
+        for path in sorted(p for p in originals.rglob("*") if p.is_file()):
+            shutil.copyfile(path, tree / path.relative_to(originals))
+    if kind == "patched":
+        for name in _patched_files():
+            saved = originals / name
+            if not saved.exists() and (tree / name).exists():
+                saved.parent.mkdir(parents=True, exist_ok=True)
+                temporary = saved.with_name(saved.name + ".tmp")
+                shutil.copyfile(tree / name, temporary)
+                os.replace(temporary, saved)
+        apply_series(tree, tools.git)
+    temporary = work / "state.tmp"
+    temporary.write_text(want)
+    os.replace(temporary, state)
 
 
 def _unpack(archive: Path, prefix: str, target: Path) -> None:
@@ -542,8 +577,8 @@ def _install(
     return result
 
 
-def _clean_work(home: Path, work: Path, kind: Kind, backend: str) -> None:
-    """Removes work trees nothing will use again; the patched one stays, so edits of csrc/ build in seconds."""
-    for other in (home / "work").glob(f"{kind}-{backend}-*"):
-        if other != work or kind == "stock":
+def _clean_work(home: Path, work: Path, backend: str) -> None:
+    """Removes work trees of other sources; the present one stays, so the other kind and edits of csrc/ build fast."""
+    for other in (home / "work").iterdir():
+        if other != work and other.name.rsplit("-", 1)[0] in (backend, f"stock-{backend}", f"patched-{backend}"):
             shutil.rmtree(other, ignore_errors=True)

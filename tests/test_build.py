@@ -131,10 +131,27 @@ def test_stock_and_patched_live_side_by_side(root: Path, cache: Path) -> None:
     assert patched.info["series"] == ["0001-answer.patch"]
     assert patched.info["pin"]["commit"] == "abc" and patched.info["compiler"]
     assert {p.name for p in patched.lib.iterdir()} == {"libllama.so", "libllama.so.0", "libllama.so.0.5.0"}
-    # the stock work tree is of no more use; the patched one serves edits of csrc/
-    assert [p.name[:7] for p in (cache / "work").iterdir()] == ["patched"]
-    work = next((cache / "work").iterdir())
+    # one work tree serves both
+    (work,) = (cache / "work").iterdir()
     assert not (work / "src" / ".git").exists() and not (work / "src" / "models").exists()
+
+
+def test_the_second_kind_compiles_only_what_the_series_touches(root: Path, cache: Path) -> None:
+    build.build("stock")
+    (work,) = (cache / "work").iterdir()
+    objects = {p.name: p.stat().st_mtime_ns for p in (work / "build").rglob("*.o")}
+    assert answer(build.build("patched")) == "42"
+    again = {p.name: p.stat().st_mtime_ns for p in (work / "build").rglob("*.o")}
+    assert [name for name in objects if again[name] != objects[name]] == ["lib.c.o"]
+    # and back: the originals are restored to the byte
+    assert answer(build.build("stock", force=True)) == "41"
+    assert (work / "src" / "lib.c").read_text() == LIB
+
+
+def test_a_changed_series_starts_from_the_originals(root: Path) -> None:
+    build.build("patched")
+    (root / "patches" / "0001-answer.patch").write_text(PATCH.replace("return 42", "return 43"))
+    assert answer(build.build("patched")) == "43"
 
 
 def test_a_build_is_made_once_and_forced_again(root: Path) -> None:
@@ -209,7 +226,10 @@ def test_a_patch_that_does_not_apply(root: Path, cache: Path) -> None:
     (root / "patches" / "0001-answer.patch").write_text(PATCH.replace("return 41", "return 17"))
     with pytest.raises(PytqError, match=r"patch 0001-answer\.patch does not apply \(patch failed: lib\.c"):
         build.build("patched")
-    assert nothing_left(cache) and not list((cache / "work").iterdir())
+    assert nothing_left(cache)
+    # the next run starts from the originals again
+    (root / "patches" / "0001-answer.patch").write_text(PATCH)
+    assert answer(build.build("patched")) == "42"
 
 
 def test_a_series_naming_no_file(root: Path) -> None:

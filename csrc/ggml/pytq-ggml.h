@@ -6,6 +6,12 @@
 #include "pytq-flash-attn.h"
 #include "pytq.h"
 
+// The type tables of the C files that include this reach to the last pytq id. The enumerator in ggml.h stays as it is, so that
+// files which know nothing of pytq's types compile to the same objects as in a stock build.
+#ifndef __cplusplus
+#define GGML_TYPE_COUNT PYTQ_TYPE_END
+#endif
+
 #ifdef __cplusplus
 extern "C" {
 #endif
