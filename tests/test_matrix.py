@@ -17,7 +17,14 @@ from tests.shape_models import vocab_file
 pytestmark = pytest.mark.slow
 
 # Relative squared error of one stored vector (unit Gaussian, design table), by type; 0 stands for "far below the others".
-DISTORTION = {"turbo2": 0.1175, "turbo3": 0.0345, "turbo4": 0.0095, "kv2": 0.083, "kv3": 0.0231, "kv4": 0.0063}
+DISTORTION = {
+    "turbo2": 0.1175,
+    "turbo3": 0.0345,
+    "turbo4": 0.0095,
+    "kv2": 0.083,
+    "kv3": 0.0231,
+    "kv4": 0.0063,
+}
 DISTORTION |= {"f16": 0.0, "bf16": 0.0, "q8_0": 0.0, "q4_0": 0.0115, "mxfp4": 0.02, "nvfp4": 0.012}
 
 PAIRS = ("turbo4/turbo3", "turbo2/f16", "kv3/kv2", "bf16/kv4", "kv4/turbo2")
@@ -59,7 +66,22 @@ def test_unsupported_head_dim_is_refused_by_name(tmp_path: Path, patched: BuildD
     model = tmp_path / "m.gguf"
     write_model(Shape(1, 256, 2, 2, 112, 256, ctx=512), "odd", vocab_file(tmp_path / "v.gguf"), model)
     done = subprocess.run(
-        [patched.bin / "llama-bench", "-m", model, "-ctk", "kv3", "-ctv", "kv3", "-fa", "1", "-p", "8", "-n", "0", "-v"],
+        [
+            patched.bin / "llama-bench",
+            "-m",
+            model,
+            "-ctk",
+            "kv3",
+            "-ctv",
+            "kv3",
+            "-fa",
+            "1",
+            "-p",
+            "8",
+            "-n",
+            "0",
+            "-v",
+        ],
         capture_output=True,
         text=True,
     )

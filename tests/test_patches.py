@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-spec = importlib.util.spec_from_file_location("patches_tool", Path(__file__).parents[1] / "tools" / "patches.py")
+spec = importlib.util.spec_from_file_location(
+    "patches_tool", Path(__file__).parents[1] / "tools" / "patches.py"
+)
 assert spec and spec.loader
 tool = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tool)

@@ -68,7 +68,9 @@ def base_tree(source: Path | None, tmp: Path, everything: bool = False) -> Path:
         subprocess.run(["cp", "-r", str(source), str(tree)], check=True)
         subprocess.run(["rm", "-rf", str(tree / ".git")], check=True)
     git(tree, "init", "-q", "-b", "pytq")
-    touched = sorted({f for p in series() for f in re.findall(r"^--- a/(\S+)$", p.read_text(), flags=re.MULTILINE)})
+    touched = sorted(
+        {f for p in series() for f in re.findall(r"^--- a/(\S+)$", p.read_text(), flags=re.MULTILINE)}
+    )
     git(tree, "add", "-f", "--", *(["."] if everything else touched or ["CMakeLists.txt"]))
     git(tree, "commit", "-qm", "base")
     git(tree, "tag", "base")
@@ -77,7 +79,19 @@ def base_tree(source: Path | None, tmp: Path, everything: bool = False) -> Path:
 
 def export(tree: Path, out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
-    git(tree, "format-patch", "-q", "--zero-commit", "--no-signature", "--no-stat", "--no-numbered", "--full-index", "-o", str(out), "base")
+    git(
+        tree,
+        "format-patch",
+        "-q",
+        "--zero-commit",
+        "--no-signature",
+        "--no-stat",
+        "--no-numbered",
+        "--full-index",
+        "-o",
+        str(out),
+        "base",
+    )
     return sorted(out.glob("*.patch"))
 
 
@@ -96,7 +110,9 @@ def cmd_stats() -> int:
         print(f"{patch.name:60} +{added:3} -{removed:3}")
     print(f"touched upstream lines: {total} (limit {MAX_TOUCHED_LINES})")
     if total > MAX_TOUCHED_LINES:
-        raise StackError(f"the series touches {total} upstream lines, more than {MAX_TOUCHED_LINES}: move code into csrc/")
+        raise StackError(
+            f"the series touches {total} upstream lines, more than {MAX_TOUCHED_LINES}: move code into csrc/"
+        )
     return 0
 
 
@@ -111,12 +127,16 @@ def cmd_check(source: Path | None) -> int:
         tree = base_tree(source, Path(tmp))
         for patch in stack:
             if git(tree, "am", "-q", str(patch), check=False).returncode:
-                raise StackError(f"{patch.name} does not apply to the pinned source after the patches before it")
+                raise StackError(
+                    f"{patch.name} does not apply to the pinned source after the patches before it"
+                )
             print(f"applies: {patch.name}")
         again = export(tree, Path(tmp) / "again")
         if [p.name for p in again] != [p.name for p in stack]:
-            raise StackError(f"re-export gives {[p.name for p in again]}, series has {[p.name for p in stack]}: run refresh")
-        for ours, theirs in zip(stack, again):
+            raise StackError(
+                f"re-export gives {[p.name for p in again]}, series has {[p.name for p in stack]}: run refresh"
+            )
+        for ours, theirs in zip(stack, again, strict=True):
             if ours.read_bytes() != theirs.read_bytes():
                 raise StackError(f"{ours.name} differs from its re-export: run tools/patches.py refresh")
     return cmd_stats()
@@ -152,7 +172,9 @@ def cmd_refresh(source: Path) -> int:
         for patch in new:
             patch.rename(PATCHES / patch.name)
     names = [p.name for p in new]
-    (PATCHES / "series").write_text("# one patch per reason, in order of application; see tools/patches.py\n" + "\n".join(names) + "\n")
+    (PATCHES / "series").write_text(
+        "# one patch per reason, in order of application; see tools/patches.py\n" + "\n".join(names) + "\n"
+    )
     return cmd_stats()
 
 

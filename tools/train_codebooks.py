@@ -8,6 +8,7 @@ trained like a vector quantiser: assign Gaussian samples by the encoder's own Vi
 samples, repeat (generalised Lloyd, Marcellin and Fischer 1990, section IV), with the mirror symmetry of the source enforced.
 Each table is then rounded to int8 with the step that loses least.
 """
+
 import argparse
 import ctypes
 import subprocess
@@ -55,10 +56,13 @@ class Viterbi:
         self.tmp = tempfile.TemporaryDirectory()
         lib = Path(self.tmp.name) / "ref.so"
         stub = Path(self.tmp.name) / "stub.c"
-        stub.write_text('#include "pytq.h"\nconst pytq_codebook *pytq_codebook_get(enum pytq_code c, int b) { (void) c; (void) b; return 0; }\n')
+        stub.write_text(
+            '#include "pytq.h"\n'
+            "const pytq_codebook *pytq_codebook_get(enum pytq_code c, int b) { (void) c; (void) b; return 0; }\n"
+        )
+        flags = ["-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC", f"-I{ROOT}/csrc"]
         subprocess.run(
-            ["gcc", "-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC", f"-I{ROOT}/csrc", str(ROOT / "csrc/ref/codec.c"), str(stub), "-o", str(lib), "-lm"],
-            check=True,
+            ["gcc", *flags, str(ROOT / "csrc/ref/codec.c"), str(stub), "-o", str(lib), "-lm"], check=True
         )
         self.fn = ctypes.CDLL(str(lib)).pytq_viterbi_ref
         self.fn.restype = ctypes.c_float
@@ -66,8 +70,10 @@ class Viterbi:
     def __call__(self, x: np.ndarray, levels: np.ndarray) -> np.ndarray:
         levels = np.ascontiguousarray(levels, np.float32)
         out = np.empty(x.shape, np.uint8)
-        for row, dst in zip(x, out):
-            self.fn(row.ctypes.data_as(ctypes.c_void_p), None, row.size, levels.ctypes.data_as(ctypes.c_void_p), levels.size // 4, dst.ctypes.data_as(ctypes.c_void_p))
+        table = levels.ctypes.data_as(ctypes.c_void_p)
+        for row, dst in zip(x, out, strict=True):
+            y, index = row.ctypes.data_as(ctypes.c_void_p), dst.ctypes.data_as(ctypes.c_void_p)
+            self.fn(y, None, row.size, table, levels.size // 4, index)
         return out
 
 
@@ -100,7 +106,9 @@ def render(samples: int, iterations: int) -> str:
     ]
 
     def row(code: str, bits: int, step: float, k: np.ndarray) -> None:
-        lines.append(f"PYTQ_CODEBOOK({code}, {bits}, {len(k)}, {step.hex()}f, " + ", ".join(map(str, k)) + ")")
+        lines.append(
+            f"PYTQ_CODEBOOK({code}, {bits}, {len(k)}, {step.hex()}f, " + ", ".join(map(str, k)) + ")"
+        )
 
     for bits in range(1, 6):
         x = lloyd_max(bits)
@@ -116,14 +124,18 @@ def render(samples: int, iterations: int) -> str:
 
 def main() -> int:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--check", action="store_true", help="compare with the checked-in file instead of writing it")
+    ap.add_argument(
+        "--check", action="store_true", help="compare with the checked-in file instead of writing it"
+    )
     ap.add_argument("--samples", type=int, default=2_000_000)
     ap.add_argument("--iterations", type=int, default=25)
     a = ap.parse_args()
     text = render(a.samples, a.iterations)
     if a.check:
         same = OUT.read_text() == text
-        print("codebooks.def is up to date" if same else "codebooks.def differs: run tools/train_codebooks.py")
+        print(
+            "codebooks.def is up to date" if same else "codebooks.def differs: run tools/train_codebooks.py"
+        )
         return 0 if same else 1
     OUT.write_text(text)
     return 0

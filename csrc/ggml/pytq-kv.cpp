@@ -11,9 +11,10 @@ ggml_type pytq_kv_layer_type(ggml_type requested, uint32_t head_dim, char kv, ui
     }
     const int id = pytq_type_resolve(requested, (int) head_dim, 0);
     if (id < 0) {
-        throw std::runtime_error(std::string("cache type ") + ggml_type_name(requested) + " has no block for head_dim " +
-                                 std::to_string(head_dim) + " (" + kv + " of layer " + std::to_string(il) +
-                                 "); supported: 64, 80, 96, 128, 192, 256. Use a stock type such as q8_0 for this model");
+        throw std::runtime_error(
+            std::string("cache type ") + ggml_type_name(requested) + " has no block for head_dim " +
+            std::to_string(head_dim) + " (" + kv + " of layer " + std::to_string(il) +
+            "); supported: 64, 80, 96, 128, 192, 256. Use a stock type such as q8_0 for this model");
     }
     return (ggml_type) id;
 }
@@ -22,13 +23,15 @@ int pytq_kv_rot_size(ggml_type requested, int32_t head_dim_all, int n_stock) {
     return pytq_is_type(requested) ? head_dim_all : n_stock;
 }
 
-void pytq_kv_add_hadamard(std::unordered_map<int64_t, std::vector<float>> & table, ggml_type requested, int32_t head_dim_all) {
+void pytq_kv_add_hadamard(std::unordered_map<int64_t, std::vector<float>> & table, ggml_type requested,
+                          int32_t head_dim_all) {
     if (!pytq_is_type(requested) || table.count(head_dim_all)) {
         return;
     }
     if (head_dim_all <= 0) {
-        throw std::runtime_error(std::string("cache type ") + ggml_type_name(requested) +
-                                 " needs the same head_dim in all layers of a cache; use a stock type such as q8_0 for this model");
+        throw std::runtime_error(
+            std::string("cache type ") + ggml_type_name(requested) +
+            " needs the same head_dim in all layers of a cache; use a stock type such as q8_0 for this model");
     }
     std::vector<float> matrix((size_t) head_dim_all * head_dim_all);
     if (pytq_hadamard(matrix.data(), head_dim_all) != 0) {
@@ -41,14 +44,16 @@ bool pytq_kv_can_shift(ggml_type type_k, uint32_t head_dim, uint32_t n_rot) {
     return !pytq_is_type(type_k) || head_dim == n_rot;
 }
 
-double pytq_kv_bits(ggml_type type) { return 8.0 * (double) ggml_type_size(type) / (double) ggml_blck_size(type); }
+double pytq_kv_bits(ggml_type type) {
+    return 8.0 * (double) ggml_type_size(type) / (double) ggml_blck_size(type);
+}
 
 const std::vector<ggml_type> & pytq_cache_types() {
     static const std::vector<ggml_type> types = [] {
         std::vector<ggml_type> out;
         for (int id = PYTQ_TYPE_BASE; id < PYTQ_TYPE_END; id += PYTQ_FAMILY_STRIDE) {
             const char * name = pytq_type_name(id);
-            if (name && name[strlen(name) - 1] != 's') {  // split layouts are chosen by a profile
+            if (name && name[strlen(name) - 1] != 's') { // split layouts are chosen by a profile
                 out.push_back((ggml_type) id);
             }
         }

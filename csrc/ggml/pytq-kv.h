@@ -13,14 +13,17 @@
 // Throws std::runtime_error with one clear line if the head size has no block of this type.
 ggml_type pytq_kv_layer_type(ggml_type requested, uint32_t head_dim, char kv, uint32_t il);
 
-// Order of the rotation that the upstream hook applies for this cache: head_dim for pytq types (one scale serves the whole head
-// vector, so all of it is mixed), n_stock for the others. Throws if a pytq cache mixes head sizes (head_dim_all == -1).
+// Order of the rotation that the upstream hook applies for this cache: head_dim for pytq types (one scale serves the
+// whole head vector, so all of it is mixed), n_stock for the others. Throws if a pytq cache mixes head sizes
+// (head_dim_all == -1).
 int pytq_kv_rot_size(ggml_type requested, int32_t head_dim_all, int n_stock);
 
 // Adds the symmetric orthonormal Hadamard matrix of this order to upstream's table.
-void pytq_kv_add_hadamard(std::unordered_map<int64_t, std::vector<float>> & table, ggml_type requested, int32_t head_dim_all);
+void pytq_kv_add_hadamard(std::unordered_map<int64_t, std::vector<float>> & table, ggml_type requested,
+                          int32_t head_dim_all);
 
-// Whether cached keys of this type can be re-rotated in place (context shift): the block must be the whole roped vector.
+// Whether cached keys of this type can be re-rotated in place (context shift): the block must be the whole roped
+// vector.
 bool pytq_kv_can_shift(ggml_type type_k, uint32_t head_dim, uint32_t n_rot);
 
 // Bits per value of a type as stored, counting scales.

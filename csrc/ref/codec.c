@@ -1,8 +1,8 @@
 // Reference encoder and decoder of the cache types: scalar C, the one truth that every kernel is compared with.
 //
-// The order of every floating point operation is part of the format's definition (sums run over 16 lanes and are then folded by
-// halves; products and sums are rounded separately), so NumPy, SIMD and GPU encoders can produce the same bytes.
-// Compile with -ffp-contract=off.
+// The order of every floating point operation is part of the format's definition (sums run over 16 lanes and are then
+// folded by halves; products and sums are rounded separately), so NumPy, SIMD and GPU encoders can produce the same
+// bytes. Compile with -ffp-contract=off.
 //
 // Encoder: TurboQuant (Zandieh et al., arXiv 2504.19874, section 3.1) for the SCALAR code; trellis-coded quantisation
 // (Marcellin and Fischer, IEEE Trans. Comm. 38, 1990) with Ungerboeck's 64-state code for the TRELLIS code.
@@ -23,7 +23,7 @@ static float log8_decode(int e) {
     if (e == 0) {
         return 0.0f;
     }
-    const int k = e - PYTQ_LOG8_BIAS + 256;  // positive, so that / and % floor
+    const int k = e - PYTQ_LOG8_BIAS + 256; // positive, so that / and % floor
     return ldexpf(log8_mantissa[k % 8], k / 8 - 32);
 }
 
@@ -32,7 +32,7 @@ static int log8_encode(float sigma) {
         return 0;
     }
     int exponent;
-    const float m = frexpf(sigma, &exponent) * 2.0f;  // m in [1, 2), sigma = m * 2^(exponent - 1)
+    const float m = frexpf(sigma, &exponent) * 2.0f; // m in [1, 2), sigma = m * 2^(exponent - 1)
     int k = 0;
     while (k < 8 && m >= log8_limit[k]) {
         k++;
@@ -41,14 +41,14 @@ static int log8_encode(float sigma) {
     return e < 1 ? 0 : e > 255 ? 255 : e;
 }
 
-const float *pytq_log8_table(void) {
+const float * pytq_log8_table(void) {
     static const float table[256] = {
 #include "log8.inc"
     };
     return table;
 }
 
-static float fold(float *acc) {
+static float fold(float * acc) {
     for (int w = LANES / 2; w > 0; w /= 2) {
         for (int j = 0; j < w; j++) {
             acc[j] += acc[j + w];
@@ -57,7 +57,7 @@ static float fold(float *acc) {
     return acc[0];
 }
 
-static float sum_product(const float *a, const float *b, int n) {
+static float sum_product(const float * a, const float * b, int n) {
     float acc[LANES] = {0};
     for (int i = 0; i < n; i++) {
         const float p = a[i] * b[i];
@@ -66,12 +66,15 @@ static float sum_product(const float *a, const float *b, int n) {
     return fold(acc);
 }
 
-static uint16_t fp16_from_float(float x) {  // round to nearest even, x >= 0, saturates at the largest finite half
-    union { float f; uint32_t u; } v = {x};
+static uint16_t fp16_from_float(float x) { // round to nearest even, x >= 0, saturates at the largest finite half
+    union {
+        float f;
+        uint32_t u;
+    } v = {x};
     if (!(x < 65504.0f)) {
         return 0x7bff;
     }
-    if (x < 0x1p-14f) {  // subnormal half: units of 2^-24
+    if (x < 0x1p-14f) { // subnormal half: units of 2^-24
         return (uint16_t) lrintf(x * 0x1p24f);
     }
     const uint32_t round = 0xfff + ((v.u >> 13) & 1);
@@ -86,8 +89,12 @@ static float fp16_to_float(uint16_t h) {
 
 // ------------------------------------------------------------------------------------------------ bit planes
 
-static void plane_put(uint8_t *plane, int t, unsigned bit) { plane[t >> 3] |= (uint8_t) (bit << (t & 7)); }
-static unsigned plane_get(const uint8_t *plane, int t) { return plane[t >> 3] >> (t & 7) & 1u; }
+static void plane_put(uint8_t * plane, int t, unsigned bit) {
+    plane[t >> 3] |= (uint8_t) (bit << (t & 7));
+}
+static unsigned plane_get(const uint8_t * plane, int t) {
+    return plane[t >> 3] >> (t & 7) & 1u;
+}
 
 static unsigned parity(unsigned w) {
     w ^= w >> 4;
@@ -101,7 +108,7 @@ static unsigned subset_of(unsigned window) {
 // ------------------------------------------------------------------------------------------------ trellis search
 
 // Nearest level of one subset: levels[4n + z], n < n_sub.
-static int nearest_in_subset(float y, const float *levels, int n_sub, int z) {
+static int nearest_in_subset(float y, const float * levels, int n_sub, int z) {
     int n = 0;
     while (n + 1 < n_sub && y > 0.5f * (levels[4 * n + z] + levels[4 * n + 4 + z])) {
         n++;
@@ -110,12 +117,13 @@ static int nearest_in_subset(float y, const float *levels, int n_sub, int z) {
 }
 
 typedef struct {
-    float cost[4];    // weighted squared error of the best level of each subset
-    uint8_t best[4];  // its index among all levels
+    float cost[4];   // weighted squared error of the best level of each subset
+    uint8_t best[4]; // its index among all levels
 } step_choice;
 
-// One Viterbi pass over d steps from state 0 to any state. Ties keep the predecessor with the older bit 0 and the lower final state.
-static float viterbi(const step_choice *steps, int d, uint8_t *index) {
+// One Viterbi pass over d steps from state 0 to any state. Ties keep the predecessor with the older bit 0 and the lower
+// final state.
+static float viterbi(const step_choice * steps, int d, uint8_t * index) {
     float metric[2][PYTQ_TRELLIS_STATES];
     uint64_t decision[PYTQ_MAX_HEAD_DIM];
     uint8_t subset[2][PYTQ_TRELLIS_STATES];
@@ -124,9 +132,9 @@ static float viterbi(const step_choice *steps, int d, uint8_t *index) {
         subset[0][s] = (uint8_t) subset_of(s);
         subset[1][s] = (uint8_t) subset_of(s | PYTQ_TRELLIS_STATES);
     }
-    const float *old = metric[0];
+    const float * old = metric[0];
     for (int t = 0; t < d; t++) {
-        float *cur = metric[(t + 1) & 1];
+        float * cur = metric[(t + 1) & 1];
         uint64_t bits = 0;
         for (int s = 0; s < PYTQ_TRELLIS_STATES; s++) {
             const float a = old[s >> 1] + steps[t].cost[subset[0][s]];
@@ -150,7 +158,7 @@ static float viterbi(const step_choice *steps, int d, uint8_t *index) {
     return best;
 }
 
-static void choose(step_choice *out, float y, float weight, const float *levels, int n_sub) {
+static void choose(step_choice * out, float y, float weight, const float * levels, int n_sub) {
     for (int z = 0; z < 4; z++) {
         const int i = 4 * nearest_in_subset(y, levels, n_sub, z) + z;
         const float e = y - levels[i];
@@ -160,7 +168,7 @@ static void choose(step_choice *out, float y, float weight, const float *levels,
     }
 }
 
-float pytq_viterbi_ref(const float *y, const float *weight, int n, const float *levels, int n_sub, uint8_t *index) {
+float pytq_viterbi_ref(const float * y, const float * weight, int n, const float * levels, int n_sub, uint8_t * index) {
     step_choice steps[PYTQ_MAX_HEAD_DIM];
     for (int t = 0; t < n; t++) {
         choose(&steps[t], y[t], weight ? weight[t] : 1.0f, levels, n_sub);
@@ -170,7 +178,7 @@ float pytq_viterbi_ref(const float *y, const float *weight, int n, const float *
 
 // ------------------------------------------------------------------------------------------------ one block
 
-static void float_levels(const pytq_codebook *cb, float *out) {
+static void float_levels(const pytq_codebook * cb, float * out) {
     for (int i = 0; i < cb->n_levels; i++) {
         out[i] = (float) cb->levels[i];
     }
@@ -186,9 +194,9 @@ static int range_shift(float m) {
     return e;
 }
 
-static void encode_scalar(const pytq_type_info *t, const float *x, int shift, uint8_t *out) {
+static void encode_scalar(const pytq_type_info * t, const float * x, int shift, uint8_t * out) {
     const int d = t->head_dim;
-    const pytq_codebook *cb = pytq_codebook_get(t->code, t->group_bits[0]);
+    const pytq_codebook * cb = pytq_codebook_get(t->code, t->group_bits[0]);
     float level[PYTQ_MAX_HEAD_DIM];
     const float ss = sum_product(x, x, d);
     const float sigma = sqrtf(ss / (float) d);
@@ -212,14 +220,14 @@ static void encode_scalar(const pytq_type_info *t, const float *x, int shift, ui
     out[1] = (uint8_t) (h >> 8);
 }
 
-static void encode_trellis(const pytq_type_info *t, const float *x, int shift, uint8_t *out) {
+static void encode_trellis(const pytq_type_info * t, const float * x, int shift, uint8_t * out) {
     step_choice steps[PYTQ_MAX_HEAD_DIM];
     uint8_t index[PYTQ_MAX_HEAD_DIM];
     float level[PYTQ_MAX_HEAD_DIM];
     int e[PYTQ_MAX_GROUPS];
     for (int g = 0, at = 0; g < t->n_groups; at += t->group_len[g++]) {
         const int n = t->group_len[g];
-        const pytq_codebook *cb = pytq_codebook_get(t->code, t->group_bits[g]);
+        const pytq_codebook * cb = pytq_codebook_get(t->code, t->group_bits[g]);
         float levels[PYTQ_MAX_LEVELS];
         float_levels(cb, levels);
         const float sigma = sqrtf(sum_product(x + at, x + at, n) / (float) n);
@@ -234,7 +242,7 @@ static void encode_trellis(const pytq_type_info *t, const float *x, int shift, u
     viterbi(steps, t->head_dim, index);
     for (int g = 0, at = 0; g < t->n_groups; at += t->group_len[g++]) {
         const int n = t->group_len[g];
-        const pytq_codebook *cb = pytq_codebook_get(t->code, t->group_bits[g]);
+        const pytq_codebook * cb = pytq_codebook_get(t->code, t->group_bits[g]);
         for (int i = at; i < at + n; i++) {
             level[i] = (float) cb->levels[index[i]];
         }
@@ -271,9 +279,9 @@ static void encode_trellis(const pytq_type_info *t, const float *x, int shift, u
     }
 }
 
-void pytq_quantize_ref(const pytq_type_info *t, const float *x, void *y, int64_t n) {
+void pytq_quantize_ref(const pytq_type_info * t, const float * x, void * y, int64_t n) {
     float buf[PYTQ_MAX_HEAD_DIM];
-    uint8_t *out = (uint8_t *) y;
+    uint8_t * out = (uint8_t *) y;
     for (int64_t at = 0; at < n; at += t->head_dim, out += t->block_bytes) {
         memset(out, 0, (size_t) t->block_bytes);
         float m = 0.0f;
@@ -298,12 +306,13 @@ void pytq_quantize_ref(const pytq_type_info *t, const float *x, void *y, int64_t
     }
 }
 
-void pytq_unpack_ref(const pytq_type_info *t, const void *block, int8_t *levels, float factor[PYTQ_MAX_GROUPS]) {
-    const uint8_t *in = (const uint8_t *) block;
+void pytq_unpack_ref(const pytq_type_info * t, const void * block, int8_t * levels, float factor[PYTQ_MAX_GROUPS]) {
+    const uint8_t * in = (const uint8_t *) block;
     unsigned window = 0;
     for (int g = 0, at = 0; g < t->n_groups; at += t->group_len[g++]) {
-        const pytq_codebook *cb = pytq_codebook_get(t->code, t->group_bits[g]);
-        const float scale = t->scale == PYTQ_SCALE_FP16 ? fp16_to_float((uint16_t) (in[2 * g] | in[2 * g + 1] << 8)) : log8_decode(in[g]);
+        const pytq_codebook * cb = pytq_codebook_get(t->code, t->group_bits[g]);
+        const float scale = t->scale == PYTQ_SCALE_FP16 ? fp16_to_float((uint16_t) (in[2 * g] | in[2 * g + 1] << 8))
+                                                        : log8_decode(in[g]);
         factor[g] = scale * cb->step;
         for (int i = at; i < at + t->group_len[g]; i++) {
             unsigned k = 0;
@@ -319,8 +328,8 @@ void pytq_unpack_ref(const pytq_type_info *t, const void *block, int8_t *levels,
     }
 }
 
-void pytq_dequantize_ref(const pytq_type_info *t, const void *y, float *x, int64_t n) {
-    const uint8_t *in = (const uint8_t *) y;
+void pytq_dequantize_ref(const pytq_type_info * t, const void * y, float * x, int64_t n) {
+    const uint8_t * in = (const uint8_t *) y;
     for (int64_t at = 0; at < n; at += t->head_dim, in += t->block_bytes) {
         int8_t levels[PYTQ_MAX_HEAD_DIM];
         float factor[PYTQ_MAX_GROUPS];
@@ -333,7 +342,7 @@ void pytq_dequantize_ref(const pytq_type_info *t, const void *y, float *x, int64
     }
 }
 
-float pytq_dot_ref(const pytq_type_info *t, const void *block, const float *q) {
+float pytq_dot_ref(const pytq_type_info * t, const void * block, const float * q) {
     int8_t levels[PYTQ_MAX_HEAD_DIM];
     float factor[PYTQ_MAX_GROUPS];
     pytq_unpack_ref(t, block, levels, factor);

@@ -63,7 +63,9 @@ def _put_planes(row: TypeRow, out: NDArray[np.uint8], bits: list[NDArray[np.uint
         out[:, row.plane_offset(p) : row.plane_offset(p) + packed.shape[1]] = packed
 
 
-def _encode_scalar(row: TypeRow, x: NDArray[np.float32], shift: NDArray[np.int32], out: NDArray[np.uint8]) -> None:
+def _encode_scalar(
+    row: TypeRow, x: NDArray[np.float32], shift: NDArray[np.int32], out: NDArray[np.uint8]
+) -> None:
     book = load_codebook(row.code, row.groups[0][1])
     levels = book.levels.astype(F32)
     ss = sum_product(x, x)
@@ -82,7 +84,9 @@ def _factor(e: NDArray[np.int64], shift: NDArray[np.int32], book: Codebook) -> N
     return np.ldexp(log8_decode(e), -shift) * book.step
 
 
-def _encode_trellis(row: TypeRow, x: NDArray[np.float32], shift: NDArray[np.int32], out: NDArray[np.uint8]) -> None:
+def _encode_trellis(
+    row: TypeRow, x: NDArray[np.float32], shift: NDArray[np.int32], out: NDArray[np.uint8]
+) -> None:
     n = x.shape[0]
     cost = np.empty((n, row.head_dim, 4), F32)
     best = np.empty((n, row.head_dim, 4), np.int64)

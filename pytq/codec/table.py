@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +100,7 @@ def _read(name: str) -> str:
     return path.read_text()
 
 
-@lru_cache(maxsize=None)
+@cache
 def load_types() -> tuple[TypeRow, ...]:
     """All concrete types, in the order of csrc/types.def."""
     text = _read("types.def")
@@ -109,11 +109,13 @@ def load_types() -> tuple[TypeRow, ...]:
     for name, slot, head_dim, *groups in _calls(text, "PYTQ_TYPE"):
         index, code, scale = families[name]
         pairs = tuple((int(groups[i]), int(groups[i + 1])) for i in range(0, 6, 2) if int(groups[i]))
-        rows.append(TypeRow(TYPE_BASE + FAMILY_STRIDE * index + int(slot), name, int(head_dim), code, scale, pairs))
+        rows.append(
+            TypeRow(TYPE_BASE + FAMILY_STRIDE * index + int(slot), name, int(head_dim), code, scale, pairs)
+        )
     return tuple(rows)
 
 
-@lru_cache(maxsize=None)
+@cache
 def families() -> dict[str, int]:
     """Family name -> ggml id of its flag (an alias that the KV cache resolves by head size)."""
     calls = _calls(_read("types.def"), "PYTQ_FAMILY")
@@ -181,7 +183,7 @@ def bits_per_value(name: str, head_dim: int) -> float:
     return find_type(name, head_dim).bits_per_value
 
 
-@lru_cache(maxsize=None)
+@cache
 def load_codebook(code: str, bits: int) -> Codebook:
     """Codebook of a code ("SCALAR", "TRELLIS") at a rate.
 

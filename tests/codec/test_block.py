@@ -26,7 +26,12 @@ def c_encode(row: table.TypeRow, x: np.ndarray, fast: bool = False) -> np.ndarra
     x = np.ascontiguousarray(x, np.float32)
     out = np.full((x.shape[0], row.block_bytes), 0xAA, np.uint8)
     fn = lib.pytq_quantize if fast else lib.pytq_quantize_ref
-    fn(lib.pytq_type_get(row.id), ffi.cast("float *", x.ctypes.data), ffi.cast("void *", out.ctypes.data), x.size)
+    fn(
+        lib.pytq_type_get(row.id),
+        ffi.cast("float *", x.ctypes.data),
+        ffi.cast("void *", out.ctypes.data),
+        x.size,
+    )
     return out
 
 
@@ -34,7 +39,12 @@ def c_decode(row: table.TypeRow, blocks: np.ndarray, fast: bool = False) -> np.n
     ffi, lib = get_ffi(), get_lib()
     out = np.full((blocks.shape[0], row.head_dim), np.nan, np.float32)
     fn = lib.pytq_dequantize if fast else lib.pytq_dequantize_ref
-    fn(lib.pytq_type_get(row.id), ffi.cast("void *", blocks.ctypes.data), ffi.cast("float *", out.ctypes.data), out.size)
+    fn(
+        lib.pytq_type_get(row.id),
+        ffi.cast("void *", blocks.ctypes.data),
+        ffi.cast("float *", out.ctypes.data),
+        out.size,
+    )
     return out
 
 
@@ -58,7 +68,9 @@ def test_table_agrees_with_c() -> None:
     for i, row in enumerate(TYPES):
         c = lib.pytq_type_at(i)
         assert (c.id, ffi.string(c.name).decode(), c.block_bytes) == (row.id, row.name, row.block_bytes)
-        assert [c.plane_off[p] for p in range(row.n_planes)] == [row.plane_offset(p) for p in range(row.n_planes)]
+        assert [c.plane_off[p] for p in range(row.n_planes)] == [
+            row.plane_offset(p) for p in range(row.n_planes)
+        ]
         assert row.block_bytes == row.scale_bytes + sum(n * b for n, b in row.groups) // 8, "no padding"
     assert lib.pytq_type_at(len(TYPES)) == ffi.NULL
     for name, id_ in table.families().items():
@@ -81,7 +93,9 @@ def test_numpy_equals_c(row: table.TypeRow) -> None:
     assert np.isfinite(block.decode(row, ours)).all()
 
 
-@pytest.mark.parametrize("row", [t for t in TYPES if t.head_dim in (128, 256) and len(t.groups) == 1], ids=lambda t: t.name)
+@pytest.mark.parametrize(
+    "row", [t for t in TYPES if t.head_dim in (128, 256) and len(t.groups) == 1], ids=lambda t: t.name
+)
 def test_distortion(row: table.TypeRow) -> None:
     """Uniform layouts meet the table for the unit Gaussian; trellis codes are strictly better than Lloyd-Max."""
     rng = np.random.default_rng(7)
@@ -162,7 +176,14 @@ def test_codebooks_satisfy_lloyd_max() -> None:
         assert np.abs(mean - x).max() < 1.5 * float(book.step), bits
         mse = float((pdf * (t - x[cell]) ** 2).sum() / pdf.sum())
         assert mse < {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497, 5: 0.0025}[bits] * 1.01, bits
-    assert abs(float(table.load_codebook("SCALAR", 4).levels.max()) * float(table.load_codebook("SCALAR", 4).step) - 2.7326) < 0.02
+    assert (
+        abs(
+            float(table.load_codebook("SCALAR", 4).levels.max())
+            * float(table.load_codebook("SCALAR", 4).step)
+            - 2.7326
+        )
+        < 0.02
+    )
 
 
 def test_subsets_by_shifts_equal_the_window() -> None:
