@@ -63,7 +63,7 @@ def facts(rows: Sequence[Row], meta: dict[str, Any]) -> list[tuple[str, str]]:
         ("builds", "; ".join(commits)),
         (
             "options",
-            f"-t {first['n_threads']} -fa 1 -ub {first['n_ubatch']}, {len(first['samples_ts'])} rounds in turns",
+            f"-t {first['n_threads']} -fa 1 -ub {first['n_ubatch']}, {len(first['samples_ts'])} round(s) in turns",
         ),
         ("time", f"{meta['time']}, pytq {meta['pytq']}"),
     ]

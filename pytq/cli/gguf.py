@@ -150,7 +150,7 @@ def set_cache(
     dry_run: bool,
     force: bool,
 ) -> None:
-    """Store default cache types in MODEL; the patched llama.cpp uses them when no flag is given."""
+    """Store default cache types in MODEL, used when no flag is given."""
     overrides = [cache.parse_override(text) for text in layers]
     first, _ = _open(model)
     change = cache.edit_set(first, type_k, type_v, overrides)
