@@ -177,6 +177,9 @@ def _perplexity(
         os.killpg(process.pid, signal.SIGTERM)
         process.wait()
         raise
+    finally:
+        if process.stdout is not None:
+            process.stdout.close()
     output = "".join(lines)
     if status != 0 or "error:" in output:
         raise PytqError(f"llama-perplexity failed (status {status}): {_reason(lines)}")

@@ -66,6 +66,7 @@ class LayerStats:
         q_out [n_kv, d_k, d_k], v_out [n_kv, d_v, d_v]: second moments.
         w_sum [n_kv], wk_sum, wk_out, wq_out: the same weighted by each (query, key) pair's share of the output error,
             p^2 |W_o (v - o)|^2, p the attention weight, o the attention's output: the first-order effect of an error in that logit.
+        wv [n_kv]: sum of p^2 |v|^2 / d_v, which a value's quantisation error is in proportion to.
         o_sum: mean squared attention output through W_o; share: squared attention branch over squared residual stream.
         pre_q [n_head, 2, bands], pre_q_abs [n_head, bands]: mean and mean magnitude of pre-RoPE queries per frequency band.
     """
@@ -172,7 +173,7 @@ def accumulate(st: LayerStats, a: Attention, wo: F32 | None, stride: int = QUERY
         dist += (o * o).sum(axis=1)[:, None]
         np.maximum(dist, 0, out=dist)
         p2 = p * p
-        st.wv[kv] += float(p2.sum())
+        st.wv[kv] += float(p2.sum(axis=0) @ (a.v[kv] ** 2).sum(axis=1)) / st.d_v
         dist *= p2
         per_key = dist.sum(axis=0)
         per_query = dist.sum(axis=1)
@@ -466,6 +467,8 @@ def run_windows(
         cp.flash_attn_type = 1
         cp.type_k = cp.type_v = _GGML_F16
         cp.swa_full = True
+        # only the last token's logits are computed: without this, room for a whole window's is reserved (GiB for large vocabularies)
+        cp.n_outputs_max = cp.n_outputs_max_per_seq = 1
         cp.no_perf = True
         cp.cb_eval = (
             ctypes.cast(collector.callback, type(cp.cb_eval))
