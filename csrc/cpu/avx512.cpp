@@ -45,11 +45,12 @@ typedef __m512i zi;
 
 // ------------------------------------------------------------------------------------------------ unpacking
 
-PYTQ_INLINE zi lanes16(const uint8_t *const *p, size_t off) {
-    const __m256i a = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *) (p[0] + off))),
-                                              _mm_loadu_si128((const __m128i *) (p[1] + off)), 1);
-    const __m256i b = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *) (p[2] + off))),
-                                              _mm_loadu_si128((const __m128i *) (p[3] + off)), 1);
+// 16 bytes of each of four tokens, `step` bytes apart.
+PYTQ_INLINE zi lanes16(const uint8_t *p, size_t step) {
+    const __m256i a = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *) p)),
+                                              _mm_loadu_si128((const __m128i *) (p + step)), 1);
+    const __m256i b = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *) (p + 2 * step))),
+                                              _mm_loadu_si128((const __m128i *) (p + 3 * step)), 1);
     return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
 }
 
@@ -126,18 +127,18 @@ PYTQ_INLINE void trellis_bits(zi u, zi before, bool wide, zi *z1, zi *z0) {
     *z0 = _mm512_xor_si512(s2, s4);
 }
 
-// Row r of 8: index bit r of 128 coordinates x 4 tokens (HALF: of 64 coordinates x 8 tokens, p[4..7] in the upper halves).
+// Row r of 8: index bit r of 128 coordinates x 4 tokens (HALF: of 64 coordinates x 8 tokens, the second four from `p + far` on in the upper halves).
 template <shape KIND, bool TRELLIS, bool HALF, int NP>
-PYTQ_INLINE void load_rows(const layout *l, const uint8_t *const *p, int chunk, zi *u_before, zi *rows) {
+PYTQ_INLINE void load_rows(const layout *l, const uint8_t *p, size_t step, size_t far, int chunk, zi *u_before, zi *rows) {
     zi plane[NP];
     if (HALF && KIND == SPLIT) {
         for (int i = 0; i < NP; i++) {
-            plane[i] = _mm512_unpacklo_epi64(lanes16(p, (size_t) l->plane_off[i]), lanes16(p + 4, (size_t) l->plane_off[i]));
+            plane[i] = _mm512_unpacklo_epi64(lanes16(p + l->plane_off[i], step), lanes16(p + far + l->plane_off[i], step));
         }
     } else if (HALF) {
         // planes are 8 bytes and adjacent: 16 bytes hold two of them
         for (int i = 0; i < NP; i += 2) {
-            const zi a = lanes16(p, (size_t) l->plane_off[i]), b = lanes16(p + 4, (size_t) l->plane_off[i]);
+            const zi a = lanes16(p + l->plane_off[i], step), b = lanes16(p + far + l->plane_off[i], step);
             plane[i] = _mm512_unpacklo_epi64(a, b);
             if (i + 1 < NP) {
                 plane[i + 1] = _mm512_unpackhi_epi64(a, b);
@@ -145,7 +146,7 @@ PYTQ_INLINE void load_rows(const layout *l, const uint8_t *const *p, int chunk, 
         }
     } else {
         for (int i = 0; i < NP; i++) {
-            plane[i] = lanes16(p, (size_t) (l->plane_off[i] + 16 * chunk));
+            plane[i] = lanes16(p + l->plane_off[i] + 16 * chunk, step);
         }
     }
     if (TRELLIS) {
@@ -180,9 +181,9 @@ PYTQ_INLINE zi transpose_bits(zi a) {
 
 // Index bytes of one lane group. NIBBLE: 4 results, two indices per byte; else 8 results.
 template <shape KIND, bool TRELLIS, bool HALF, int NP>
-PYTQ_INLINE void indices(const layout *l, const uint8_t *const *p, int chunk, zi *u_before, zi *out) {
+PYTQ_INLINE void indices(const layout *l, const uint8_t *p, size_t step, size_t far, int chunk, zi *u_before, zi *out) {
     zi r[NP + 1], d[4], e[4];
-    load_rows<KIND, TRELLIS, HALF, NP>(l, p, chunk, u_before, r);
+    load_rows<KIND, TRELLIS, HALF, NP>(l, p, step, far, chunk, u_before, r);
     constexpr int NR = NP + (TRELLIS ? 1 : 0);
     interleave(r[NR > 3 ? 3 : NR - 1], r[NR > 2 ? 2 : NR - 1], r[1], r[0], d);
     if (KIND == NIBBLE) {
@@ -221,23 +222,23 @@ PYTQ_INLINE void transpose4(zi a, zi b, zi c, zi d, zi *o) {
     o[2] = _mm512_unpacklo_epi64(t1, t3), o[3] = _mm512_unpackhi_epi64(t1, t3);
 }
 
-// 32 row pointers from token `at` on; tokens past n, and all of them if `copy`, come from padded memory.
+// 32 tokens from `at` on. Where the tile ends inside, or at the end of the cache (the loads read up to 31 bytes past a
+// block), they come from padded memory.
 struct row_window {
-    const uint8_t *p[32];
+    const uint8_t *p;
+    size_t stride;
     alignas(64) uint8_t copies[32][320];
 
-    void set(const uint8_t *rows, size_t stride, int at, int n, bool copy, int bytes) {
-        for (int i = 0; i < 32; i++) {
-            p[i] = rows + (size_t) (at + i) * stride;
-        }
-        if (copy || at + 32 > n) {
-            for (int i = 0; i < 32; i++) {
-                memset(copies[i], 0, sizeof(copies[i]));
-                if (at + i < n) {
-                    memcpy(copies[i], p[i], (size_t) bytes);
-                }
-                p[i] = copies[i];
+    void set(const uint8_t *rows, size_t row_bytes, int at, int n, bool last, int bytes) {
+        p = rows + (size_t) at * row_bytes;
+        stride = row_bytes;
+        if (at + 32 > n || (last && at + 32 == n)) {
+            memset(copies, 0, sizeof(copies));
+            for (int i = 0; i < 32 && at + i < n; i++) {
+                memcpy(copies[i], p + (size_t) i * row_bytes, (size_t) bytes);
             }
+            p = copies[0];
+            stride = sizeof(copies[0]);
         }
     }
 };
@@ -250,19 +251,15 @@ void unpack_k(const pytq_type_info *t, const layout *l, const uint8_t *rows, siz
     const zi t0 = _mm512_load_si512(l->table), t1 = _mm512_load_si512(l->table + 64);
     row_window win;
     for (int i0 = 0; i0 < n; i0 += 32) {
-        win.set(rows, stride, i0, n, last && i0 + 32 >= n, t->block_bytes);
+        win.set(rows, stride, i0, n, last, t->block_bytes);
         for (int half = 0; half < (HALF ? 1 : 2); half++) {
             uint8_t *const block = x + (size_t) (i0 / 16 + half) * d * 16;
             zi before[4];
             for (int chunk = 0; chunk < (d + 127) / 128; chunk++) {
                 zi idx[4][NO];
                 for (int g = 0; g < 4; g++) {
-                    const uint8_t *const *w = win.p + 16 * half + g;
-                    const uint8_t *q[8] = {w[0], w[4], w[8], w[12]};
-                    if (HALF) {
-                        q[4] = w[16], q[5] = w[20], q[6] = w[24], q[7] = w[28];
-                    }
-                    indices<KIND, TRELLIS, HALF, NP>(l, q, chunk, &before[g], idx[g]);
+                    indices<KIND, TRELLIS, HALF, NP>(l, win.p + (size_t) (16 * half + g) * win.stride, 4 * win.stride, 16 * win.stride, chunk,
+                                                     &before[g], idx[g]);
                 }
                 for (int o = 0; o < NO; o++) {
                     uint8_t *to = block;
@@ -309,13 +306,13 @@ void unpack_v(const pytq_type_info *t, const layout *l, const uint8_t *rows, siz
     const zi by_coord = _mm512_load_si512(order);
     row_window win;
     for (int i0 = 0; i0 < n; i0 += 32) {
-        win.set(rows, stride, i0, n, last && i0 + 32 >= n, t->block_bytes);
+        win.set(rows, stride, i0, n, last, t->block_bytes);
         for (int g = 0; g < 32; g += HALF ? 8 : 4) {
             uint8_t *const to = x + (size_t) (i0 + g) / 4 * 64;
             zi before;
             for (int chunk = 0; chunk < (d + 127) / 128; chunk++) {
                 zi idx[NO];
-                indices<KIND, TRELLIS, HALF, NP>(l, win.p + g, chunk, &before, idx);
+                indices<KIND, TRELLIS, HALF, NP>(l, win.p + (size_t) g * win.stride, win.stride, 4 * win.stride, chunk, &before, idx);
                 for (int o = 0; o < NO; o++) {
                     const int first = HALF ? o % (NO / 2) * (128 / NO) : 128 * chunk + o * (128 / NO);
                     uint8_t *const out = to + (HALF && o >= NO / 2 ? 64 : 0);
@@ -348,6 +345,7 @@ typedef void unpack_fn(const pytq_type_info *, const layout *, const uint8_t *, 
      : np == 4          ? fn<SPLIT, true, half, 4>                                                                             \
                         : fn<SPLIT, true, half, 5>)
 
+// Factors scale * step of one group; zero past n up to a multiple of 32.
 static void scales(const pytq_type_info *t, int group, const uint8_t *rows, size_t stride, int n, float *out) {
     const float step = pytq_codebook_get(t->code, t->group_bits[group])->step;
     if (t->scale == PYTQ_SCALE_LOG8) {
@@ -666,7 +664,7 @@ PYTQ_INLINE zi nearest(__m512 y, const float *limit, int n_sub) {
 struct viterbi_work {
     alignas(64) float cost[PYTQ_MAX_HEAD_DIM * 4];  // 16 coordinates: [t & 3][t >> 2 & 3][subset]
     alignas(64) uint8_t best[4][PYTQ_MAX_HEAD_DIM];
-    alignas(64) uint16_t decision[PYTQ_MAX_HEAD_DIM][4];
+    alignas(64) uint16_t decision[PYTQ_MAX_HEAD_DIM][4];  // set where the older bit differs from location bit b
 };
 
 template <int PHASE>
@@ -683,7 +681,7 @@ PYTQ_INLINE void viterbi_step(const encoder_tables &tab, const float *cost4, __m
             const __m512 ax = _mm512_add_ps(m[lo], x), by = _mm512_add_ps(m[lo + D], y);
             const __m512 ay = _mm512_add_ps(m[lo], y), bx = _mm512_add_ps(m[lo + D], x);
             decision[lo] = (uint16_t) _mm512_cmp_ps_mask(by, ax, _CMP_LT_OQ);
-            decision[lo + D] = (uint16_t) _mm512_cmp_ps_mask(bx, ay, _CMP_LT_OQ);
+            decision[lo + D] = (uint16_t) _mm512_cmp_ps_mask(ay, bx, _CMP_LE_OQ);
             m[lo] = _mm512_min_ps(by, ax);
             m[lo + D] = _mm512_min_ps(bx, ay);
         }
@@ -698,9 +696,9 @@ PYTQ_INLINE void viterbi_step(const encoder_tables &tab, const float *cost4, __m
             const zi xi = _mm512_load_si512(tab.x[PHASE][r]);
             const __m512 vx = _mm512_add_ps(v, _mm512_permutevar_ps(cost, xi));
             const __m512 wy = _mm512_add_ps(w, _mm512_permutevar_ps(cost, _mm512_xor_si512(xi, two)));
-            const unsigned k = _mm512_mask_cmp_ps_mask((__mmask16) ~ones, wy, vx, _CMP_LT_OQ) |
-                               _mm512_mask_cmp_ps_mask((__mmask16) ones, vx, wy, _CMP_LT_OQ);
-            decision[r] = (uint16_t) k;
+            // wy < vx, but wy <= vx in the lanes where location bit B is 1: metrics are not negative, so their bits order them
+            const zi limit = _mm512_add_epi32(_mm512_castps_si512(vx), _mm512_maskz_set1_epi32((__mmask16) ones, 1));
+            decision[r] = (uint16_t) _mm512_cmplt_epi32_mask(_mm512_castps_si512(wy), limit);
             m[r] = _mm512_min_ps(vx, wy);
         }
     }
@@ -762,7 +760,7 @@ static void viterbi(viterbi_work *w, int d, uint64_t *u) {
         uint64_t bits;
         memcpy(&bits, w->decision[i], 8);
         u[i >> 6] |= (uint64_t) (loc >> b & 1) << (i & 63);
-        loc = (loc & ~(1u << b)) | (unsigned) (bits >> loc & 1) << b;
+        loc ^= (unsigned) (bits >> loc & 1) << b;
         b = b == 5 ? 0 : b + 1;
     }
 }
