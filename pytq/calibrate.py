@@ -48,7 +48,7 @@ WINDOW = 2048
 DEFAULT_TOKENS = 12288
 MIN_DOCSTRING = 200
 # Blend of the weighted moments with the plain ones: the weights concentrate on few pairs, so their moments alone are noisy.
-PLAIN_SHARE_K = 0.5
+PLAIN_SHARE_K = 0.15
 PLAIN_SHARE_Q = 0.1
 RIDGE = 1e-3
 # Mean squared error of the codes for unit variance, whole blocks with 8-bit scales (docs/quality.md has the command).
