@@ -55,7 +55,8 @@ def measure(opt: argparse.Namespace) -> None:
                 records, args = run(binary, Path(opt.model), (k, v or k), opt.test.split(), opt.threads, opt.repeat)
                 for r in records:
                     name = f"pp{r['n_prompt']}" if r["n_prompt"] else f"tg{r['n_gen']}"
-                    line = {"build": build, "types": types, "test": f"{name}@{r['n_depth']}", "tok_s": [round(x, 2) for x in r["samples_ts"]],
+                    line = {"build": build, "types": types, "test": f"{name}@{r['n_depth']}",
+                            "tok_s": [round(x, 2) for x in r["samples_ts"]],
                             "model": Path(opt.model).name, "threads": opt.threads, "load": load, "machine": machine,
                             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                             "command": "llama-bench " + " ".join(args[2:])}  # fmt: skip

@@ -1,7 +1,7 @@
 // Compares every CPU tier of this machine (or of qemu's) with the reference: encoder and decoder to the bit, attention to
 // a bound. Standalone, so that it can be cross-compiled:
 //   g++ -std=c++17 -O2 -ffp-contract=off -Icsrc tests/kernels/cpu_selftest.cpp <csrc/{ref/*.c,cpu/*.c,cpu/*.cpp} objects> -lm
-// Usage: cpu_selftest [TIER...]   exit code 0 if all agree, 1 if not, 2 if a tier named on the command line is missing.
+// Usage: cpu_selftest [--quick] [TIER...]   (--quick: fewer vectors and lengths, for emulators)   exit code 0 if all agree, 1 if not, 2 if a tier named on the command line is missing.
 #include "cpu/attention.h"
 
 #include <cmath>
@@ -44,6 +44,7 @@ static float half_value(uint16_t h) {
 }
 
 static int failures = 0, checks = 0;
+static bool quick = false;
 static void check(bool ok, const char *what, const char *tier, const char *name, double value) {
     checks++;
     if (!ok) {
@@ -75,7 +76,7 @@ static void fill(float *x, int d, int kind) {
 }
 
 static void test_codec(const char *tier) {
-    const int n_vec = 96;
+    const int n_vec = quick ? 16 : 96;
     for (int i = 0; const pytq_type_info *t = pytq_type_at(i); i++) {
         const int d = t->head_dim;
         std::vector<float> x((size_t) n_vec * d), f0(x.size()), f1(x.size());
@@ -225,6 +226,9 @@ static void test_tier(const char *tier) {
     for (int i = 0; const pytq_type_info *t = pytq_type_at(i); i++) {
         shape c = decode;
         for (int n : odd) {
+            if (quick && n != 1 && n != 17 && n != 63 && n != 129) {
+                continue;
+            }
             c.n_kv = n;
             c.split = 1 + n % 3;
             test_attention(tier, t, t, t->head_dim, t->head_dim, c);
@@ -251,6 +255,11 @@ int main(int argc, char **argv) {
         const char *name;
         unsigned caps;
     } tiers[] = {{"scalar", 0}, {"avx2", PYTQ_CAP_AVX2}, {"avx512", PYTQ_CAP_AVX2 | PYTQ_CAP_AVX512}, {"neon", PYTQ_CAP_NEON}};
+    if (argc > 1 && std::strcmp(argv[1], "--quick") == 0) {
+        quick = true;
+        argc--;
+        argv++;
+    }
     for (const auto &t : tiers) {
         bool named = false;
         for (int i = 1; i < argc; i++) {
