@@ -229,3 +229,30 @@ def test_a_real_evaluation(model: Path, stock: BuildDir, patched: BuildDir) -> N
     kv2 = evaluate.score(setup, patched, base, "kv2", "kv2")
     assert 0 <= floor.kld_mean < q8.kld_mean < kv4.kld_mean < kv2.kld_mean
     assert kv4.bits < 4.2 and kv4.ppl_base == q8.ppl_base
+
+
+@pytest.mark.slow
+@pytest.mark.serial
+def test_constant_keys_are_harmless_with_a_profile(
+    tmp_path: Path, model: Path, stock: BuildDir, patched: BuildDir
+) -> None:
+    """A random Qwen2-shaped model with large K biases loses with a profile what the same model without biases loses, and
+    without a profile many times that."""
+    import subprocess
+    import sys
+
+    from pytq.calibrate import calibrate
+    from pytq.profile import default_path, write_profile
+
+    script = Path(__file__).parents[1] / "tools" / "make_biased_model.py"
+    figures = {}
+    for bias in ("0", "30"):
+        made = tmp_path / f"bias{bias}.gguf"
+        subprocess.run([sys.executable, str(script), str(model), str(made), "--bias", bias], check=True)
+        write_profile(default_path(made), calibrate(made, stock.lib, tokens=8192, threads=2).profile)
+        for profile in (None, "none"):
+            setup = evaluate.Setup(made, evaluate.default_text_file(), 1024, 1, 2, profile)
+            base = evaluate.reference(setup, stock)
+            figures[bias, profile] = evaluate.score(setup, patched, base, "kv4", "kv4").kld_mean
+    assert figures["30", None] < 1.5 * figures["0", None]
+    assert figures["30", "none"] > 5 * figures["30", None]

@@ -13,6 +13,7 @@ import argparse
 import gguf
 import numpy as np
 
+SLOW_BAND = 24  # of 32; slower than a turn in 200,000 tokens at the rotary base below
 LAYERS, EMBD, HEADS, KV_HEADS, HEAD_DIM, FFN = 4, 256, 4, 2, 64, 512
 
 
@@ -58,8 +59,11 @@ def main() -> None:
             ("attn_v", KV_HEADS * HEAD_DIM, 1.0),
         ):
             w.add_tensor(f"{b}{name}.weight", matrix(rows, EMBD, gain))
-            # a few coordinates carry very large constants, as in the models this imitates
-            size = a.bias * rng.random(rows) ** 4 if name == "attn_k" else 0.5 * rng.random(rows)
+            # as in the models this imitates, a few coordinates carry very large constants, in the slowest rotary bands
+            band = np.arange(rows) % (HEAD_DIM // 2)
+            size = 0.5 * rng.random(rows)
+            if name == "attn_k":
+                size = np.where(band >= SLOW_BAND, a.bias * rng.random(rows) ** 2, size)
             w.add_tensor(f"{b}{name}.bias", (size * np.sign(rng.standard_normal(rows))).astype(np.float32))
         w.add_tensor(b + "attn_output.weight", matrix(EMBD, HEADS * HEAD_DIM, 2.0))
         w.add_tensor(b + "ffn_gate.weight", matrix(FFN, EMBD))

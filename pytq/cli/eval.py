@@ -11,6 +11,8 @@ import click
 
 from pytq.errors import PytqError
 
+TABLE_WIDTH = 130
+
 
 class _DefaultGroup(click.Group):
     """``pytq eval MODEL`` runs the command ``kld``; a subcommand's name comes first otherwise."""
@@ -133,14 +135,15 @@ def kld(
 
     table = Table(title=f"{model.name}: {chunks} chunks of {ctx} tokens, KL divergence from the f16 cache")
     for title in ("type", "bits", "mean KLD", "median", "99 %", "99.9 %", "same top", "PPL", "build"):
-        table.add_column(title, justify="left" if title in ("type", "build") else "right")
+        table.add_column(title, justify="left" if title in ("type", "build") else "right", no_wrap=True)
     for s in [*([floor] if floor else []), *scores]:
         table.add_row(
             s.name, f"{s.bits:.3f}", f"{s.kld_mean:.5f} ± {s.kld_mean_err:.5f}", f"{s.kld_median:.5f}", f"{s.kld_p99:.4f}",
             f"{s.kld_p999:.4f}",
             f"{s.same_top:.2f} ± {s.same_top_err:.2f} %", f"{s.ppl:.4f} ± {s.ppl_err:.4f}", s.build,
         )  # fmt: skip
-    Console().print(table)
+    # figures are never cut: a narrow terminal wraps whole lines instead
+    Console(width=max(Console().width, TABLE_WIDTH)).print(table)
 
 
 @command.command(
