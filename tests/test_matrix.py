@@ -53,9 +53,10 @@ def test_logits_near_f16(head_dim: int, tmp_path: Path, patched: BuildDir) -> No
         expected = np.sqrt(DISTORTION[k] + DISTORTION[v])
         assert row["finite"], pair
         for phase in ("prefill", "decode"):
-            # attention is one of several terms of the residual stream, so the error stays below the cache's own
-            # and is never zero: a type that silently ran as f16 would show here
-            assert 0.005 * expected < row[phase] < expected, (pair, phase, row[phase], expected)
+            # the caches of both layers err independently; attention is one of several terms of the residual stream.
+            # Never zero: a type that silently ran as f16 would show here
+            bound = np.sqrt(shape.layers) * expected
+            assert 0.005 * expected < row[phase] < bound, (pair, phase, row[phase], bound)
 
 
 def test_the_matrix_has_thirty_combinations() -> None:
