@@ -60,9 +60,10 @@ struct Lanes {
         }
     }
     static unsigned decision(const uint8_t *d, unsigned loc) { return d[loc >> 3] >> (loc & 7) & 1u; }
+    static float float_of(uint16_t h) { return _cvtsh_ss(h); }
     static uint16_t half_of(float x) { return x < 65504.0f ? (uint16_t) _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT) : (uint16_t) 0x7bff; }
 
-    static yi expand(const uint64_t *row, int n_rows, int at) {
+    static inline __attribute__((always_inline)) yi expand(const uint64_t *row, int n_rows, int at) {
         const yi spread = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
         const yi bit = _mm256_set1_epi64x((long long) 0x8040201008040201ull);
         yi index = _mm256_setzero_si256();
@@ -73,7 +74,7 @@ struct Lanes {
         }
         return index;
     }
-    static void look_up(yi index, const int8_t *table, int bits, int8_t *out, int base, int skip) {
+    static inline __attribute__((always_inline)) void look_up(yi index, const int8_t *table, int bits, int8_t *out, int base, int skip) {
         const yi low = _mm256_and_si256(index, _mm256_set1_epi8(15));
 #define PYTQ_PART(i) _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) (table + 16 * (i)))), low)
         yi v = PYTQ_PART(0);
@@ -166,7 +167,39 @@ void pv_rows(const int16_t *w, int pairs, const uint8_t *x, int width, const flo
 struct Tier {
     static constexpr float weight_max = 32767.0f;
     static void dequantize(const pytq_type_info *t, const void *y, float *x, int64_t n) { decode(t, y, x, n); }
-    static vf exp(vf x) { return exp_neg(x); }
+    union halves_of {  // a 64-byte vector as two registers
+        vf v;
+        __m256 h[2];
+    };
+    static __m256 exp8(__m256 x) {
+        const __m256 low = _mm256_set1_ps(-87.0f);
+        const __m256 keep = _mm256_cmp_ps(x, low, _CMP_GE_OQ);
+        x = _mm256_max_ps(x, low);
+        const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        const __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x));
+        __m256 p = _mm256_set1_ps(8.3334519073e-3f);
+        p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(4.1665795894e-2f));
+        p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.6666665459e-1f));
+        p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(5.0000001201e-1f));
+        p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
+        p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
+        const yi e = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+        return _mm256_and_ps(keep, _mm256_mul_ps(p, _mm256_castsi256_ps(e)));
+    }
+    static vf exp(vf x) {
+        halves_of a;
+        a.v = x;
+        a.h[0] = exp8(a.h[0]);
+        a.h[1] = exp8(a.h[1]);
+        return a.v;
+    }
+    static vf maximum(vf a, vf b) {
+        halves_of x, y;
+        x.v = a, y.v = b;
+        x.h[0] = _mm256_max_ps(x.h[0], y.h[0]);
+        x.h[1] = _mm256_max_ps(x.h[1], y.h[1]);
+        return x.v;
+    }
     static vf halves(const uint16_t *p) {
         float v[16];
         _mm256_storeu_ps(v, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) p)));

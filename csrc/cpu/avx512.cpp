@@ -468,6 +468,7 @@ struct Tier {
         return (vf) _mm512_scalef_ps(p, n);
     }
     static vf halves(const uint16_t *p) { return (vf) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)); }
+    static vf maximum(vf a, vf b) { return (vf) _mm512_max_ps((__m512) a, (__m512) b); }
     static float max16(vf v) { return _mm512_reduce_max_ps((__m512) v); }
     static float sum16(vf v) { return _mm512_reduce_add_ps((__m512) v); }
 

@@ -74,17 +74,20 @@ float sum_product(const float *a, const float *b, int n) {
     return lane[0];
 }
 
-// Number of limits below y, and the level there.
-PYTQ_INLINE vi nearest(vf y, const float *limit, const float *level, int n_sub, vf *lv) {
-    vi k = vi{};
-    vf l = splat(level[0]);
-    for (int i = 0; i + 1 < n_sub; i++) {
-        const vi above = y > splat(limit[i]);
-        k -= above;
-        l = above ? splat(level[i + 1]) : l;
+// Number of limits below each of 16 values, and the level there. Plain loops: compilers turn them into compares and blends of
+// the width at hand, which they do not do for comparisons of 64-byte vectors.
+PYTQ_INLINE void nearest(const float *y, const float *limit, const float *level, int n_sub, int32_t *k, float *lv) {
+    for (int j = 0; j < 16; j++) {
+        k[j] = 0;
+        lv[j] = level[0];
     }
-    *lv = l;
-    return k;
+    for (int i = 0; i + 1 < n_sub; i++) {
+        const float lim = limit[i], next = level[i + 1];
+        for (int j = 0; j < 16; j++) {
+            k[j] += y[j] > lim ? 1 : 0;
+            lv[j] = y[j] > lim ? next : lv[j];
+        }
+    }
 }
 
 struct viterbi_work {
@@ -200,18 +203,18 @@ void encode_trellis(const pytq_type_info *t, const float *x, uint8_t *out) {
         const float inv = e[g] ? 1.0f / f : 0.0f, weight = t->n_groups == 1 ? 1.0f : f * f;
         // groups go in order and the next one overwrites what a last step of 16 wrote too far
         for (int i = 0; i < n; i += 16) {
-            float part[16] = {0};
-            memcpy(part, x + at + i, (size_t) (n - i < 16 ? n - i : 16) * sizeof(float));
-            const vf y = load(part) * inv;
+            float y[16] = {0};
+            memcpy(y, x + at + i, (size_t) (n - i < 16 ? n - i : 16) * sizeof(float));
+            for (int j = 0; j < 16; j++) {
+                y[j] *= inv;
+            }
             for (int z = 0; z < 4; z++) {
-                vf level;
-                const vi k = nearest(y, s.limit[z], s.level[z], s.n_sub, &level);
-                const vf err = y - level;
-                const vf e2 = err * err;
-                float c[16];
-                store(c, e2 * weight);
+                float level[16];
+                int32_t k[16];
+                nearest(y, s.limit[z], s.level[z], s.n_sub, k, level);
                 for (int j = 0; j < 16; j++) {
-                    w.cost[at + i + j][z] = c[j];
+                    const float err = y[j] - level[j], e2 = err * err;
+                    w.cost[at + i + j][z] = e2 * weight;
                     w.best[z][at + i + j] = (uint8_t) k[j];
                 }
             }
@@ -270,9 +273,10 @@ void encode_scalar(const pytq_type_info *t, const float *x, uint8_t *out) {
     const float ss = sum_product(x, x, d);
     const float inv = 1.0f / (sqrtf(ss / (float) d) * s.step);
     for (int i = 0; i < d; i += 16) {
-        vf l;
-        const vi k = nearest(load(x + i) * inv, s.limit[0], s.level[0], s.n_sub, &l);
-        store(level + i, l);
+        float y[16];
+        int32_t k[16];
+        store(y, load(x + i) * inv);
+        nearest(y, s.limit[0], s.level[0], s.n_sub, k, level + i);
         for (int j = 0; j < 16; j++) {
             index[i + j] = (uint8_t) k[j];
         }
@@ -307,44 +311,80 @@ void encode(const pytq_type_info *t, const float *x, void *y, int64_t n) {
 
 // ------------------------------------------------------------------------------------------------ levels of one block
 
-// int8 levels in natural order (out: 64 bytes more than head_dim) by Lanes::expand and Lanes::look_up.
-PYTQ_INLINE void block_levels(const pytq_type_info *t, const int8_t (*level_table)[64], const uint8_t *in, int8_t *out) {
-    constexpr int W = Lanes::bytes;  // coordinates per step: 32 or 16
+// Index rows of word `word` of a block: z0 z1 plane1 .. (trellis) or plane0 plane1 .. (scalar); before: the coded bits of the
+// word in front.
+template <bool TRELLIS>
+PYTQ_INLINE void index_rows(const pytq_type_info *t, const uint8_t *in, int word, int n_planes, uint64_t *before, uint64_t *row) {
+    for (int p = 0; p < n_planes; p++) {
+        const int n = t->plane_len[p] / 8 - 8 * word;
+        const uint8_t *from = in + t->plane_off[p] + 8 * word;
+        uint64_t v = 0;
+        if (n >= 8) {
+            memcpy(&v, from, 8);
+        } else {
+            for (int i = 0; i < n; i++) {  // not memcpy: a call per plane costs more than the rest
+                v |= (uint64_t) from[i] << (8 * i);
+            }
+        }
+        row[p + TRELLIS] = v;
+    }
+    if (TRELLIS) {
+        const uint64_t u = row[1], b = *before;
+        row[1] = u ^ (u << 5 | b >> 59) ^ (u << 6 | b >> 58);
+        row[0] = (u << 2 | b >> 62) ^ (u << 4 | b >> 60);
+        *before = u;
+    }
+}
+
+template <bool TRELLIS, int NP>
+void levels_of_one_group(const pytq_type_info *t, const int8_t (*table)[64], const uint8_t *in, int8_t *out) {
+    uint64_t before = 0;
+    for (int word = 0; 64 * word < t->head_dim; word++) {
+        uint64_t row[NP + TRELLIS];
+        index_rows<TRELLIS>(t, in, word, NP, &before, row);
+        for (int i = 0; i < 64 && 64 * word + i < t->head_dim; i += Lanes::bytes) {
+            Lanes::look_up(Lanes::expand(row, NP + TRELLIS, i), table[0], NP + TRELLIS, out, 64 * word + i, 0);
+        }
+    }
+}
+
+void levels_of_groups(const pytq_type_info *t, const int8_t (*table)[64], const uint8_t *in, int8_t *out) {
     uint64_t before = 0;
     int g = 0, end = t->group_len[0];
     for (int word = 0; 64 * word < t->head_dim; word++) {
         uint64_t row[PYTQ_MAX_PLANES + 1] = {0};
-        const int extra = t->code == PYTQ_CODE_TRELLIS;
-        for (int p = 0; p < t->n_planes; p++) {
-            const int n = t->plane_len[p] / 8 - 8 * word;
-            if (n > 0) {
-                memcpy(&row[p + extra], in + t->plane_off[p] + 8 * word, (size_t) (n < 8 ? n : 8));
-            }
-        }
-        if (extra) {
-            const uint64_t u = row[1];
-            auto delayed = [&](int k) { return u << k | before >> (64 - k); };
-            row[1] = u ^ delayed(5) ^ delayed(6);
-            row[0] = delayed(2) ^ delayed(4);
-            before = u;
-        }
-        const int n_rows = t->n_planes + extra;
-        for (int i = 0; i < 64 && 64 * word + i < t->head_dim; i += W) {
-            const auto index = Lanes::expand(row, n_rows, i);
-            int at = 64 * word + i;
-            const int stop = at + W;
-            while (at < stop && g < t->n_groups) {
-                // a step may hold the end of one group and the start of the next: later groups overwrite
-                Lanes::look_up(index, level_table[g], t->group_bits[g] + extra, out, 64 * word + i, at - (64 * word + i));
-                if (end >= stop) {
-                    at = stop;
-                } else {
-                    at = end;
-                }
+        index_rows<true>(t, in, word, t->n_planes, &before, row);
+        for (int i = 0; i < 64 && 64 * word + i < t->head_dim; i += Lanes::bytes) {
+            const auto index = Lanes::expand(row, t->n_planes + 1, i);
+            const int base = 64 * word + i, stop = base + Lanes::bytes;
+            // a step may hold the end of one group and the start of the next, which overwrites
+            for (int at = base; at < stop && g < t->n_groups;) {
+                Lanes::look_up(index, table[g], t->group_bits[g] + 1, out, base, at - base);
+                at = end < stop ? end : stop;
                 if (at == end && ++g < t->n_groups) {
                     end += t->group_len[g];
                 }
             }
+        }
+    }
+}
+
+// int8 levels in natural order; out has 64 bytes more than head_dim.
+void block_levels(const pytq_type_info *t, const int8_t (*table)[64], const uint8_t *in, int8_t *out) {
+    if (t->n_groups > 1) {
+        levels_of_groups(t, table, in, out);
+    } else if (t->code == PYTQ_CODE_TRELLIS) {
+        switch (t->n_planes) {
+            case 2: levels_of_one_group<true, 2>(t, table, in, out); break;
+            case 3: levels_of_one_group<true, 3>(t, table, in, out); break;
+            case 4: levels_of_one_group<true, 4>(t, table, in, out); break;
+            default: levels_of_one_group<true, 5>(t, table, in, out); break;
+        }
+    } else {
+        switch (t->n_planes) {
+            case 2: levels_of_one_group<false, 2>(t, table, in, out); break;
+            case 3: levels_of_one_group<false, 3>(t, table, in, out); break;
+            default: levels_of_one_group<false, 4>(t, table, in, out); break;
         }
     }
 }
@@ -363,7 +403,7 @@ float block_factor(const pytq_type_info *t, const uint8_t *in, int g) {
     if (t->scale == PYTQ_SCALE_LOG8) {
         return pytq_log8_table()[in[g]] * step;
     }
-    return half_to_float((uint16_t) (in[2 * g] | in[2 * g + 1] << 8)) * step;
+    return Lanes::float_of((uint16_t) (in[2 * g] | in[2 * g + 1] << 8)) * step;
 }
 
 void decode(const pytq_type_info *t, const void *y, float *x, int64_t n) {
@@ -383,7 +423,7 @@ void decode(const pytq_type_info *t, const void *y, float *x, int64_t n) {
 }
 
 // Rows of a tile as levels: 16 tokens of at most d bytes; tokens past n are zero.
-PYTQ_INLINE void rows_of_levels(const pytq_type_info *t, const int8_t (*table)[64], const uint8_t *rows, size_t stride, int at, int n, int count,
+void rows_of_levels(const pytq_type_info *t, const int8_t (*table)[64], const uint8_t *rows, size_t stride, int at, int n, int count,
                                 int8_t (*out)[PYTQ_MAX_HEAD_DIM + 64]) {
     for (int i = 0; i < count; i++) {
         if (at + i < n) {
@@ -394,9 +434,16 @@ PYTQ_INLINE void rows_of_levels(const pytq_type_info *t, const int8_t (*table)[6
     }
 }
 
+// Factors scale * step of one group; zero past n.
 void tile_scales(const pytq_type_info *t, int group, const uint8_t *rows, size_t stride, int n, float *out) {
-    for (int i = 0; i < T; i++) {
-        out[i] = i < n ? block_factor(t, rows + (size_t) i * stride, group) : 0.0f;
+    const float step = pytq_codebook_get(t->code, t->group_bits[group])->step;
+    const float *table = pytq_log8_table();
+    for (int i = 0; i < n; i++) {
+        const uint8_t *b = rows + (size_t) i * stride;
+        out[i] = (t->scale == PYTQ_SCALE_LOG8 ? table[b[group]] : Lanes::float_of((uint16_t) (b[0] | b[1] << 8))) * step;
+    }
+    for (int i = n; i < T; i++) {
+        out[i] = 0.0f;
     }
 }
 

@@ -60,6 +60,7 @@ struct Lanes {
         vst1_lane_u32((uint32_t *) (void *) (to + 4 * r), vreinterpret_u32_u8(v), 0);
     }
     static unsigned decision(const uint8_t *d, unsigned loc) { return d[loc] & 1u; }
+    static float float_of(uint16_t h) { return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(h))), 0); }
     static uint16_t half_of(float x) {
         if (!(x < 65504.0f)) {
             return 0x7bff;
@@ -67,7 +68,7 @@ struct Lanes {
         const float16x4_t h = vcvt_f16_f32(vdupq_n_f32(x));
         return vget_lane_u16(vreinterpret_u16_f16(h), 0);
     }
-    static uint8x16_t expand(const uint64_t *row, int n_rows, int at) {
+    static inline __attribute__((always_inline)) uint8x16_t expand(const uint64_t *row, int n_rows, int at) {
         static const uint8_t bit[16] = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
         const uint8x16_t bits = vld1q_u8(bit);
         uint8x16_t index = vdupq_n_u8(0);
@@ -78,7 +79,7 @@ struct Lanes {
         }
         return index;
     }
-    static void look_up(uint8x16_t index, const int8_t *table, int bits, int8_t *out, int base, int skip) {
+    static inline __attribute__((always_inline)) void look_up(uint8x16_t index, const int8_t *table, int bits, int8_t *out, int base, int skip) {
         int8x16_t v;
         if (bits <= 4) {
             v = vqtbl1q_s8(vld1q_s8(table), index);
@@ -183,6 +184,7 @@ struct Tier {
         }
         return load(v);
     }
+    static vf maximum(vf a, vf b) { return a > b ? a : b; }
     static float max16(vf v) { return hmax(v); }
     static float sum16(vf v) { return hsum(v); }
     static mask_state mask_of(const uint16_t *m, int n) { return classify(m, n); }

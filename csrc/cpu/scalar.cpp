@@ -9,6 +9,7 @@ struct Tier {
     static void dequantize(const pytq_type_info *t, const void *y, float *x, int64_t n) { pytq_dequantize_ref(t, y, x, n); }
     static vf exp(vf x) { return exp_neg(x); }
     static vf halves(const uint16_t *p) { return load_half(p); }
+    static vf maximum(vf a, vf b) { return a > b ? a : b; }
     static float max16(vf v) { return hmax(v); }
     static float sum16(vf v) { return hsum(v); }
     static mask_state mask_of(const uint16_t *m, int n) { return classify(m, n); }

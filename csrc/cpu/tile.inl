@@ -244,7 +244,7 @@ PYTQ_INLINE void softmax_row(float *s, int n, float softcap, mask_state state, c
         } else if (softcap != 0.0f) {
             store(s + j, v);
         }
-        mx = v > mx ? v : mx;
+        mx = Tier::maximum(v, mx);
     }
     const float m = Tier::max16(mx);
     if (m == NEG_INF) {
