@@ -32,9 +32,27 @@ def cpu_name() -> str:
     return f"{model}, {os.cpu_count()} cores"
 
 
-def run(binary: Path, model: Path, kv: tuple[str, str], test: list[str], threads: int, repeat: int) -> tuple[list[dict], list[str]]:
+def run(
+    binary: Path, model: Path, kv: tuple[str, str], test: list[str], threads: int, repeat: int
+) -> tuple[list[dict], list[str]]:
     """One llama-bench call; returns its JSON records and the command's arguments."""
-    args = ["-m", str(model), "-t", str(threads), "-fa", "1", "-ctk", kv[0], "-ctv", kv[1], "-r", str(repeat), *test, "-o", "jsonl"]
+    args = [
+        "-m",
+        str(model),
+        "-t",
+        str(threads),
+        "-fa",
+        "1",
+        "-ctk",
+        kv[0],
+        "-ctv",
+        kv[1],
+        "-r",
+        str(repeat),
+        *test,
+        "-o",
+        "jsonl",
+    ]
     env = {**os.environ, "LD_LIBRARY_PATH": str(binary)}
     done = subprocess.run([str(binary / "llama-bench"), *args], capture_output=True, text=True, env=env)
     if done.returncode != 0:
@@ -43,7 +61,9 @@ def run(binary: Path, model: Path, kv: tuple[str, str], test: list[str], threads
 
 
 def measure(opt: argparse.Namespace) -> None:
-    configs = [("stock", t) for t in opt.stock_types.split(",") if t] + [("patched", t) for t in opt.types.split(",") if t]
+    configs = [("stock", t) for t in opt.stock_types.split(",") if t] + [
+        ("patched", t) for t in opt.types.split(",") if t
+    ]
     machine = cpu_name()
     with open(opt.out, "a") as out:
         for i in range(opt.rounds):
@@ -52,7 +72,9 @@ def measure(opt: argparse.Namespace) -> None:
                 k, _, v = types.partition("/")
                 binary = Path(opt.stock if build == "stock" else opt.patched)
                 load = os.getloadavg()[0]
-                records, args = run(binary, Path(opt.model), (k, v or k), opt.test.split(), opt.threads, opt.repeat)
+                records, args = run(
+                    binary, Path(opt.model), (k, v or k), opt.test.split(), opt.threads, opt.repeat
+                )
                 for r in records:
                     name = f"pp{r['n_prompt']}" if r["n_prompt"] else f"tg{r['n_gen']}"
                     line = {"build": build, "types": types, "test": f"{name}@{r['n_depth']}",
@@ -92,7 +114,9 @@ def main() -> None:
     ap.add_argument("--threads", type=int, default=2)
     ap.add_argument("--stock-types", default="f16")
     ap.add_argument("--types", default="kv3,turbo3,kv4,turbo4")
-    ap.add_argument("--test", default="-p 0 -n 32 -d 8192", help="arguments of llama-bench that choose the tests")
+    ap.add_argument(
+        "--test", default="-p 0 -n 32 -d 8192", help="arguments of llama-bench that choose the tests"
+    )
     opt = ap.parse_args()
     if opt.report:
         report(opt.report)

@@ -580,5 +580,9 @@ def _install(
 def _clean_work(home: Path, work: Path, backend: str) -> None:
     """Removes work trees of other sources; the present one stays, so the other kind and edits of csrc/ build fast."""
     for other in (home / "work").iterdir():
-        if other != work and other.name.rsplit("-", 1)[0] in (backend, f"stock-{backend}", f"patched-{backend}"):
+        if other != work and other.name.rsplit("-", 1)[0] in (
+            backend,
+            f"stock-{backend}",
+            f"patched-{backend}",
+        ):
             shutil.rmtree(other, ignore_errors=True)

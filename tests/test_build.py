@@ -402,7 +402,9 @@ def test_an_interrupted_build_leaves_nothing_and_goes_on(
 
 def waiting(flag: Path) -> list[str]:
     """Processes of the tiny tree's slow step."""
-    found = subprocess.run(["ps", "-e", "-ww", "-o", "args"], capture_output=True, text=True, check=True).stdout
+    found = subprocess.run(
+        ["ps", "-e", "-ww", "-o", "args"], capture_output=True, text=True, check=True
+    ).stdout
     return [line for line in found.splitlines() if f"until test -e {flag};" in line]
 
 

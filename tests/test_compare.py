@@ -201,4 +201,6 @@ def test_the_page_shows_the_kept_results(name):
     root = Path(__file__).resolve().parents[1]
     kept = json.loads((root / "benchmarks" / f"codecs-{name}.json").read_text())
     assert kept["conditions"]["metric_version"] == compare.METRIC_VERSION
-    assert compare.markdown(kept).strip() in (root / "docs/codecs.md").read_text(), "rerun the page's commands"
+    assert compare.markdown(kept).strip() in (root / "docs/codecs.md").read_text(), (
+        "rerun the page's commands"
+    )

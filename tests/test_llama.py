@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from test_errors import refused, toy
 
 from pytq.cli import main
 from pytq.errors import PytqError
 from pytq.paths import BuildDir
-from test_errors import refused, toy
 
 pytestmark = pytest.mark.slow
 

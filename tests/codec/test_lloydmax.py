@@ -26,7 +26,9 @@ def test_levels_are_centroids(bits):
     levels = lloydmax.table(f"lloyd_max_{bits}").astype(float)
     edges = np.concatenate([[-12.0], (levels[1:] + levels[:-1]) / 2, [12.0]])
     for level, a, b in zip(levels, edges[:-1], edges[1:], strict=True):
-        moment = integrate.quad(lambda t, c=level: (t - c) * stats.norm.pdf(t), a, b, epsabs=1e-12, epsrel=1e-9)[0]
+        moment = integrate.quad(
+            lambda t, c=level: (t - c) * stats.norm.pdf(t), a, b, epsabs=1e-12, epsrel=1e-9
+        )[0]
         assert abs(moment) / (stats.norm.cdf(b) - stats.norm.cdf(a)) < 4 * FLOAT32_ULP * 4
     assert np.array_equal(lloydmax.table(f"lloyd_max_thr_{bits}"), edges[1:-1].astype(np.float32))
 

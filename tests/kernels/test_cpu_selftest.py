@@ -23,11 +23,25 @@ def build(cc: str, cxx: str, out: Path, *extra: str) -> Path:
         pytest.skip(f"{cxx} is not installed")
     objects = []
     jobs = []
-    for source in sorted([*ROOT.glob("csrc/ref/*.c"), *ROOT.glob("csrc/cpu/*.c*"), ROOT / "tests/kernels/cpu_selftest.cpp"]):
+    for source in sorted(
+        [*ROOT.glob("csrc/ref/*.c"), *ROOT.glob("csrc/cpu/*.c*"), ROOT / "tests/kernels/cpu_selftest.cpp"]
+    ):
         target = out / (source.name + ".o")
         objects.append(str(target))
         compiler = [cc, "-std=c11"] if source.suffix == ".c" else [cxx, "-std=c++17", "-Wno-psabi"]
-        command = [*compiler, "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Icsrc", "-c", str(source), "-o", str(target)]
+        command = [
+            *compiler,
+            "-O2",
+            "-ffp-contract=off",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-Icsrc",
+            "-c",
+            str(source),
+            "-o",
+            str(target),
+        ]
         jobs.append(subprocess.Popen(command, cwd=ROOT))
         if len(jobs) == (os.cpu_count() or 1):
             assert all(job.wait() == 0 for job in jobs)
@@ -72,7 +86,11 @@ def test_haswell(native: Path, tier: str) -> None:
 def test_haswell_has_no_avx512(native: Path) -> None:
     if not shutil.which("qemu-x86_64-static") or os.uname().machine != "x86_64":
         pytest.skip("qemu-x86_64-static on x86-64 is needed")
-    done = subprocess.run(["qemu-x86_64-static", "-cpu", "Haswell", str(native), "--quick", "avx512"], capture_output=True, text=True)
+    done = subprocess.run(
+        ["qemu-x86_64-static", "-cpu", "Haswell", str(native), "--quick", "avx512"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == TIER_MISSING
 
 
@@ -86,5 +104,9 @@ def test_arm(arm: Path, cpu: str, tier: str) -> None:
 def test_cortex_a57_has_no_dot_product(arm: Path) -> None:
     if not shutil.which("qemu-aarch64-static"):
         pytest.skip("qemu-aarch64-static is needed")
-    done = subprocess.run(["qemu-aarch64-static", "-cpu", "cortex-a57", str(arm), "--quick", "neon"], capture_output=True, text=True)
+    done = subprocess.run(
+        ["qemu-aarch64-static", "-cpu", "cortex-a57", str(arm), "--quick", "neon"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == TIER_MISSING

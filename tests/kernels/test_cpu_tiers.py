@@ -20,7 +20,12 @@ MAX_RELATIVE_ERROR = 4e-4
 
 def caps_of(tier: str) -> int:
     c = lib()
-    return {"scalar": 0, "avx2": c.PYTQ_CAP_AVX2, "avx512": c.PYTQ_CAP_AVX2 | c.PYTQ_CAP_AVX512, "neon": c.PYTQ_CAP_NEON}[tier]
+    return {
+        "scalar": 0,
+        "avx2": c.PYTQ_CAP_AVX2,
+        "avx512": c.PYTQ_CAP_AVX2 | c.PYTQ_CAP_AVX512,
+        "neon": c.PYTQ_CAP_NEON,
+    }[tier]
 
 
 @pytest.fixture(params=TIERS)
@@ -57,7 +62,9 @@ def decode(t, blocks: np.ndarray) -> np.ndarray:
     return out
 
 
-@pytest.mark.parametrize("name", ["kv3_d128", "kv4_d64", "kv2s_d96", "kv3s_d80", "turbo3_d192", "turbo4_d256"])
+@pytest.mark.parametrize(
+    "name", ["kv3_d128", "kv4_d64", "kv2s_d96", "kv3s_d80", "turbo3_d192", "turbo4_d256"]
+)
 def test_encoder_on_any_floats(tier: str, name: str) -> None:
     """Subnormal, huge, infinite and not-a-number coordinates included: the same bytes as the reference."""
     t = type_named(name)
@@ -73,7 +80,9 @@ def test_encoder_on_any_floats(tier: str, name: str) -> None:
     same()
 
 
-@pytest.mark.parametrize("k_name,v_name", [("kv3_d128", "kv3_d128"), ("kv4s_d128", "turbo3_d128"), ("turbo4_d128", "kv2_d128")])
+@pytest.mark.parametrize(
+    "k_name,v_name", [("kv3_d128", "kv3_d128"), ("kv4s_d128", "turbo3_d128"), ("turbo4_d128", "kv2_d128")]
+)
 def test_attention_against_numpy(tier: str, k_name: str, v_name: str) -> None:
     """Grouped queries, causal mask, encoded (not random) blocks, an attention sink token with a large logit."""
     rng = np.random.default_rng(7)
@@ -86,10 +95,21 @@ def test_attention_against_numpy(tier: str, k_name: str, v_name: str) -> None:
     v[0] *= 0.05
     kb, vb = encode(tk, k, reference=True), encode(tv, v, reference=True)
     kf, vf = decode(tk, kb).reshape(k.shape), decode(tv, vb).reshape(v.shape)
-    mask = np.where(np.arange(n_kv)[None, :] > np.arange(n_q)[:, None] + n_kv - n_q, -np.inf, 0).astype(np.float16)
+    mask = np.where(np.arange(n_kv)[None, :] > np.arange(n_q)[:, None] + n_kv - n_q, -np.inf, 0).astype(
+        np.float16
+    )
     out = np.zeros((n_q, heads, d), np.float32)
     a = ffi().new("pytq_attn *")
-    a.n_q, a.n_kv, a.n_head, a.n_head_kv, a.n_stream, a.n_stream_kv, a.dk, a.dv = n_q, n_kv, heads, kv_heads, 1, 1, d, d
+    a.n_q, a.n_kv, a.n_head, a.n_head_kv, a.n_stream, a.n_stream_kv, a.dk, a.dv = (
+        n_q,
+        n_kv,
+        heads,
+        kv_heads,
+        1,
+        1,
+        d,
+        d,
+    )
     a.q = floats(q)
     a.q_nb_token, a.q_nb_head = q.strides[:2]
     for part, t, blocks in ((a.k, tk, kb), (a.v, tv, vb)):
@@ -102,7 +122,9 @@ def test_attention_against_numpy(tier: str, k_name: str, v_name: str) -> None:
         out[:] = np.nan
         assert lib().pytq_attn_run(a, split) == 0
         group = heads // kv_heads
-        logits = np.einsum("qhd,khd->hqk", q.astype(np.float64), np.repeat(kf, group, 1)) * a.scale + mask.astype(np.float64)
+        logits = np.einsum(
+            "qhd,khd->hqk", q.astype(np.float64), np.repeat(kf, group, 1)
+        ) * a.scale + mask.astype(np.float64)
         p = np.exp(logits - logits.max(-1, keepdims=True))
         p /= p.sum(-1, keepdims=True)
         want = np.einsum("hqk,khd->qhd", p, np.repeat(vf, group, 1).astype(np.float64))
@@ -123,7 +145,12 @@ def test_what_is_not_taken_is_refused() -> None:
 @pytest.mark.parametrize(("value", "warns"), [("scalar", False), ("sse9", True)])
 def test_environment_variable(value: str, warns: bool) -> None:
     code = "from pytq.ffi import ffi, lib; print(ffi().string(lib().pytq_cpu_tier()).decode())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTQ_CPU_CAPS": value})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTQ_CPU_CAPS": value},
+    )
     assert done.returncode == 0
     assert ("sse9" in done.stderr) == warns
     if not warns:
