@@ -14,9 +14,9 @@
 //   vpermb                      8 (K), 12 (V)                           1
 //   vpdpbusd                    16 per query row                        1
 //
-// Why so: a transposing affine replaces eight masked additions per 64 values, and the transpose happens on nibbles, at half
-// the cost. With lanes as tokens there is no horizontal sum; with one term fewer (8-bit q) the logits lose 0.7 % of relative
-// precision for 8 of about 60 cycles per token, so both terms stay.
+// Why so: a transposing affine replaces eight masked additions per 64 values, and the transpose happens on nibbles, at
+// half the cost. With lanes as tokens there is no horizontal sum; with one term fewer (8-bit q) the logits lose 0.7 %
+// of relative precision for 8 of about 60 cycles per token, so both terms stay.
 #include "tiers.h"
 
 #if defined(__x86_64__)
@@ -25,9 +25,13 @@
 #include <string.h>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512vbmi2,gfni,fma,f16c,avx2"))), apply_to = function)
+#pragma clang attribute push(                                                                                          \
+    __attribute__((                                                                                                    \
+        target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512vbmi2,gfni,fma,f16c,avx2"))),           \
+    apply_to = function)
 #else
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512vbmi2,gfni,fma,f16c,avx2,prefer-vector-width=512")
+#pragma GCC target(                                                                                                    \
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512vbmi2,gfni,fma,f16c,avx2,prefer-vector-width=512")
 #endif
 #if !defined(__clang__)
 // the undefined upper parts of casts are meant to be undefined
@@ -46,7 +50,7 @@ typedef __m512i zi;
 // ------------------------------------------------------------------------------------------------ unpacking
 
 // 16 bytes of each of four tokens, `step` bytes apart.
-PYTQ_INLINE zi lanes16(const uint8_t *p, size_t step) {
+PYTQ_INLINE zi lanes16(const uint8_t * p, size_t step) {
     const __m256i a = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *) p)),
                                               _mm_loadu_si128((const __m128i *) (p + step)), 1);
     const __m256i b = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *) (p + 2 * step))),
@@ -59,24 +63,24 @@ enum shape { NIBBLE, BYTE5, BYTE6, SPLIT };
 
 struct layout {
     shape kind;
-    int n_rows;  // index bits, with z1 and z0
+    int n_rows; // index bits, with z1 and z0
     int n_planes;
     int plane_off[PYTQ_MAX_PLANES];
     alignas(64) uint8_t table[128];
-    alignas(16) uint8_t keep[PYTQ_MAX_HEAD_DIM], add[PYTQ_MAX_HEAD_DIM];  // SPLIT: 8 bytes per 8 coordinates
+    alignas(16) uint8_t keep[PYTQ_MAX_HEAD_DIM], add[PYTQ_MAX_HEAD_DIM]; // SPLIT: 8 bytes per 8 coordinates
 };
 
-static shape shape_of(const pytq_type_info *t) {
+static shape shape_of(const pytq_type_info * t) {
     const int bits = t->group_bits[0] + (t->code == PYTQ_CODE_TRELLIS);
     return t->n_groups > 1 ? SPLIT : bits <= 4 ? NIBBLE : bits == 5 ? BYTE5 : BYTE6;
 }
 
-static void make_layout(const pytq_type_info *t, int bias, layout *l) {
+static void make_layout(const pytq_type_info * t, int bias, layout * l) {
     l->kind = shape_of(t);
     l->n_planes = t->n_planes;
     l->n_rows = t->group_bits[0] + (t->code == PYTQ_CODE_TRELLIS);
     memcpy(l->plane_off, t->plane_off, sizeof(l->plane_off));
-    const pytq_codebook *cb = pytq_codebook_get(t->code, t->group_bits[0]);
+    const pytq_codebook * cb = pytq_codebook_get(t->code, t->group_bits[0]);
     if (l->kind == NIBBLE) {
         for (int i = 0; i < 64; i++) {
             l->table[i] = (uint8_t) (cb->levels[i % cb->n_levels] + bias);
@@ -100,7 +104,7 @@ static void make_layout(const pytq_type_info *t, int bias, layout *l) {
             }
             const int bits = t->group_bits[g] + 1;
             for (const int end = at + t->group_len[g]; at < end; at += 8) {
-                for (int k = 0; k < 8; k++) {  // index bit k is row byte 7 - k
+                for (int k = 0; k < 8; k++) { // index bit k is row byte 7 - k
                     l->keep[at + 7 - k] = k < bits ? 0xff : 0;
                     l->add[at + 7 - k] = k >= bits && (base >> k & 1) ? 0xff : 0;
                 }
@@ -114,7 +118,7 @@ static void make_layout(const pytq_type_info *t, int bias, layout *l) {
     }
 }
 
-PYTQ_INLINE void trellis_bits(zi u, zi before, bool wide, zi *z1, zi *z0) {
+PYTQ_INLINE void trellis_bits(zi u, zi before, bool wide, zi * z1, zi * z0) {
     zi s2, s4, s5, s6;
     if (wide) {
         s2 = _mm512_shldi_epi64(u, before, 2), s4 = _mm512_shldi_epi64(u, before, 4);
@@ -127,13 +131,16 @@ PYTQ_INLINE void trellis_bits(zi u, zi before, bool wide, zi *z1, zi *z0) {
     *z0 = _mm512_xor_si512(s2, s4);
 }
 
-// Row r of 8: index bit r of 128 coordinates x 4 tokens (HALF: of 64 coordinates x 8 tokens, the second four from `p + far` on in the upper halves).
+// Row r of 8: index bit r of 128 coordinates x 4 tokens (HALF: of 64 coordinates x 8 tokens, the second four from `p +
+// far` on in the upper halves).
 template <shape KIND, bool TRELLIS, bool HALF, int NP>
-PYTQ_INLINE void load_rows(const layout *l, const uint8_t *p, size_t step, size_t far, int chunk, zi *u_before, zi *rows) {
+PYTQ_INLINE void load_rows(const layout * l, const uint8_t * p, size_t step, size_t far, int chunk, zi * u_before,
+                           zi * rows) {
     zi plane[NP];
     if (HALF && KIND == SPLIT) {
         for (int i = 0; i < NP; i++) {
-            plane[i] = _mm512_unpacklo_epi64(lanes16(p + l->plane_off[i], step), lanes16(p + far + l->plane_off[i], step));
+            plane[i] =
+                _mm512_unpacklo_epi64(lanes16(p + l->plane_off[i], step), lanes16(p + far + l->plane_off[i], step));
         }
     } else if (HALF) {
         // planes are 8 bytes and adjacent: 16 bytes hold two of them
@@ -168,7 +175,7 @@ PYTQ_INLINE void load_rows(const layout *l, const uint8_t *p, size_t step, size_
     }
 }
 
-PYTQ_INLINE void interleave(zi r3, zi r2, zi r1, zi r0, zi *d) {
+PYTQ_INLINE void interleave(zi r3, zi r2, zi r1, zi r0, zi * d) {
     const zi xl = _mm512_unpacklo_epi8(r3, r2), xh = _mm512_unpackhi_epi8(r3, r2);
     const zi yl = _mm512_unpacklo_epi8(r1, r0), yh = _mm512_unpackhi_epi8(r1, r0);
     d[0] = _mm512_unpacklo_epi16(xl, yl), d[1] = _mm512_unpackhi_epi16(xl, yl);
@@ -181,7 +188,8 @@ PYTQ_INLINE zi transpose_bits(zi a) {
 
 // Index bytes of one lane group. NIBBLE: 4 results, two indices per byte; else 8 results.
 template <shape KIND, bool TRELLIS, bool HALF, int NP>
-PYTQ_INLINE void indices(const layout *l, const uint8_t *p, size_t step, size_t far, int chunk, zi *u_before, zi *out) {
+PYTQ_INLINE void indices(const layout * l, const uint8_t * p, size_t step, size_t far, int chunk, zi * u_before,
+                         zi * out) {
     zi r[NP + 1], d[4], e[4];
     load_rows<KIND, TRELLIS, HALF, NP>(l, p, step, far, chunk, u_before, r);
     constexpr int NR = NP + (TRELLIS ? 1 : 0);
@@ -195,7 +203,7 @@ PYTQ_INLINE void indices(const layout *l, const uint8_t *p, size_t step, size_t 
     if (KIND == BYTE5) {
         interleave(r[4 % NR], r[4 % NR], r[4 % NR], r[4 % NR], e);
     } else if (KIND == BYTE6) {
-        interleave(r[5 % NR], r[5 % NR], r[5 % NR], r[4 % NR], e);  // vpermb ignores the two upper bits
+        interleave(r[5 % NR], r[5 % NR], r[5 % NR], r[4 % NR], e); // vpermb ignores the two upper bits
     } else {
         const zi zero = _mm512_setzero_si512();
         interleave(zero, zero, NR > 5 ? r[5 % NR] : zero, r[4 % NR], e);
@@ -208,14 +216,14 @@ PYTQ_INLINE void indices(const layout *l, const uint8_t *p, size_t step, size_t 
                 const int at = HALF ? 32 * (m & 1) + 16 * h : 128 * chunk + 32 * m + 16 * h;
                 const zi keep = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i *) (l->keep + at)));
                 const zi add = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i *) (l->add + at)));
-                q = _mm512_ternarylogic_epi64(q, keep, add, 0xea);  // (q & keep) | add
+                q = _mm512_ternarylogic_epi64(q, keep, add, 0xea); // (q & keep) | add
             }
             out[2 * m + h] = transpose_bits(q);
         }
     }
 }
 
-PYTQ_INLINE void transpose4(zi a, zi b, zi c, zi d, zi *o) {
+PYTQ_INLINE void transpose4(zi a, zi b, zi c, zi d, zi * o) {
     const zi t0 = _mm512_unpacklo_epi32(a, b), t1 = _mm512_unpackhi_epi32(a, b);
     const zi t2 = _mm512_unpacklo_epi32(c, d), t3 = _mm512_unpackhi_epi32(c, d);
     o[0] = _mm512_unpacklo_epi64(t0, t2), o[1] = _mm512_unpackhi_epi64(t0, t2);
@@ -225,11 +233,11 @@ PYTQ_INLINE void transpose4(zi a, zi b, zi c, zi d, zi *o) {
 // 32 tokens from `at` on. Where the tile ends inside, or at the end of the cache (the loads read up to 31 bytes past a
 // block), they come from padded memory.
 struct row_window {
-    const uint8_t *p;
+    const uint8_t * p;
     size_t stride;
     alignas(64) uint8_t copies[32][320];
 
-    void set(const uint8_t *rows, size_t row_bytes, int at, int n, bool last, int bytes) {
+    void set(const uint8_t * rows, size_t row_bytes, int at, int n, bool last, int bytes) {
         p = rows + (size_t) at * row_bytes;
         stride = row_bytes;
         if (at + 32 > n || (last && at + 32 == n)) {
@@ -245,7 +253,8 @@ struct row_window {
 
 // x[token block of 16][quad of coordinates][16 tokens] as dwords of 4 levels + 128
 template <shape KIND, bool TRELLIS, bool HALF, int NP>
-void unpack_k(const pytq_type_info *t, const layout *l, const uint8_t *rows, size_t stride, int n, bool last, uint8_t *x) {
+void unpack_k(const pytq_type_info * t, const layout * l, const uint8_t * rows, size_t stride, int n, bool last,
+              uint8_t * x) {
     constexpr int NO = KIND == NIBBLE ? 4 : 8;
     const int d = t->head_dim, quads = d / 4;
     const zi t0 = _mm512_load_si512(l->table), t1 = _mm512_load_si512(l->table + 64);
@@ -253,16 +262,16 @@ void unpack_k(const pytq_type_info *t, const layout *l, const uint8_t *rows, siz
     for (int i0 = 0; i0 < n; i0 += 32) {
         win.set(rows, stride, i0, n, last, t->block_bytes);
         for (int half = 0; half < (HALF ? 1 : 2); half++) {
-            uint8_t *const block = x + (size_t) (i0 / 16 + half) * d * 16;
+            uint8_t * const block = x + (size_t) (i0 / 16 + half) * d * 16;
             zi before[4];
             for (int chunk = 0; chunk < (d + 127) / 128; chunk++) {
                 zi idx[4][NO];
                 for (int g = 0; g < 4; g++) {
-                    indices<KIND, TRELLIS, HALF, NP>(l, win.p + (size_t) (16 * half + g) * win.stride, 4 * win.stride, 16 * win.stride, chunk,
-                                                     &before[g], idx[g]);
+                    indices<KIND, TRELLIS, HALF, NP>(l, win.p + (size_t) (16 * half + g) * win.stride, 4 * win.stride,
+                                                     16 * win.stride, chunk, &before[g], idx[g]);
                 }
                 for (int o = 0; o < NO; o++) {
-                    uint8_t *to = block;
+                    uint8_t * to = block;
                     int quad = 32 * chunk + o * (32 / NO);
                     if (HALF) {
                         to += o >= NO / 2 ? d * 16 : 0;
@@ -277,12 +286,14 @@ void unpack_k(const pytq_type_info *t, const layout *l, const uint8_t *rows, siz
                         if (KIND == NIBBLE) {
                             const int hi = quad + 4 * (k >> 1) + (k & 1);
                             if (hi < quads) {
-                                _mm512_store_si512(to + hi * 64, _mm512_permutexvar_epi8(_mm512_srli_epi16(c[k], 4), t0));
+                                _mm512_store_si512(to + hi * 64,
+                                                   _mm512_permutexvar_epi8(_mm512_srli_epi16(c[k], 4), t0));
                                 _mm512_store_si512(to + (hi + 2) * 64, _mm512_permutexvar_epi8(c[k], t0));
                             }
                         } else if (quad + k < quads) {
-                            _mm512_store_si512(to + (quad + k) * 64, KIND == SPLIT ? _mm512_permutex2var_epi8(t0, c[k], t1)
-                                                                                  : _mm512_permutexvar_epi8(c[k], t0));
+                            _mm512_store_si512(to + (quad + k) * 64, KIND == SPLIT
+                                                                         ? _mm512_permutex2var_epi8(t0, c[k], t1)
+                                                                         : _mm512_permutexvar_epi8(c[k], t0));
                         }
                     }
                 }
@@ -293,7 +304,8 @@ void unpack_k(const pytq_type_info *t, const layout *l, const uint8_t *rows, siz
 
 // x[block of 16 coordinates][quad of tokens][16 coordinates] as dwords of 4 tokens' levels
 template <shape KIND, bool TRELLIS, bool HALF, int NP>
-void unpack_v(const pytq_type_info *t, const layout *l, const uint8_t *rows, size_t stride, int n, bool last, uint8_t *x) {
+void unpack_v(const pytq_type_info * t, const layout * l, const uint8_t * rows, size_t stride, int n, bool last,
+              uint8_t * x) {
     constexpr int NO = KIND == NIBBLE ? 4 : 8;
     const int d = t->head_dim;
     const zi table = _mm512_load_si512(l->table);
@@ -308,20 +320,22 @@ void unpack_v(const pytq_type_info *t, const layout *l, const uint8_t *rows, siz
     for (int i0 = 0; i0 < n; i0 += 32) {
         win.set(rows, stride, i0, n, last, t->block_bytes);
         for (int g = 0; g < 32; g += HALF ? 8 : 4) {
-            uint8_t *const to = x + (size_t) (i0 + g) / 4 * 64;
+            uint8_t * const to = x + (size_t) (i0 + g) / 4 * 64;
             zi before;
             for (int chunk = 0; chunk < (d + 127) / 128; chunk++) {
                 zi idx[NO];
-                indices<KIND, TRELLIS, HALF, NP>(l, win.p + (size_t) g * win.stride, win.stride, 4 * win.stride, chunk, &before, idx);
+                indices<KIND, TRELLIS, HALF, NP>(l, win.p + (size_t) g * win.stride, win.stride, 4 * win.stride, chunk,
+                                                 &before, idx);
                 for (int o = 0; o < NO; o++) {
                     const int first = HALF ? o % (NO / 2) * (128 / NO) : 128 * chunk + o * (128 / NO);
-                    uint8_t *const out = to + (HALF && o >= NO / 2 ? 64 : 0);
+                    uint8_t * const out = to + (HALF && o >= NO / 2 ? 64 : 0);
                     if (first >= d) {
                         break;
                     }
                     const zi c = _mm512_permutexvar_epi8(by_coord, idx[o]);
                     if (KIND == NIBBLE) {
-                        _mm512_store_si512(out + first / 16 * (T * 16), _mm512_permutexvar_epi8(_mm512_srli_epi16(c, 4), table));
+                        _mm512_store_si512(out + first / 16 * (T * 16),
+                                           _mm512_permutexvar_epi8(_mm512_srli_epi16(c, 4), table));
                         _mm512_store_si512(out + (first / 16 + 1) * (T * 16), _mm512_permutexvar_epi8(c, table));
                     } else {
                         _mm512_store_si512(out + first / 16 * (T * 16), _mm512_permutexvar_epi8(c, table));
@@ -334,22 +348,22 @@ void unpack_v(const pytq_type_info *t, const layout *l, const uint8_t *rows, siz
 
 typedef void unpack_fn(const pytq_type_info *, const layout *, const uint8_t *, size_t, int, bool, uint8_t *);
 
-#define PYTQ_PICK(fn, half)                                                                                                    \
-    (l->kind == NIBBLE ? !trellis ? np == 2   ? fn<NIBBLE, false, half, 2>                                                     \
-                                    : np == 3 ? fn<NIBBLE, false, half, 3>                                                     \
-                                              : fn<NIBBLE, false, half, 4>                                                     \
-                         : np == 2 ? fn<NIBBLE, true, half, 2>                                                                 \
-                                   : fn<NIBBLE, true, half, 3>                                                                 \
-     : l->kind == BYTE5 ? fn<BYTE5, true, half, 4>                                                                             \
-     : l->kind == BYTE6 ? fn<BYTE6, true, half, 5>                                                                             \
-     : np == 4          ? fn<SPLIT, true, half, 4>                                                                             \
+#define PYTQ_PICK(fn, half)                                                                                            \
+    (l->kind == NIBBLE  ? !trellis  ? np == 2   ? fn<NIBBLE, false, half, 2>                                           \
+                                      : np == 3 ? fn<NIBBLE, false, half, 3>                                           \
+                                                : fn<NIBBLE, false, half, 4>                                           \
+                          : np == 2 ? fn<NIBBLE, true, half, 2>                                                        \
+                                    : fn<NIBBLE, true, half, 3>                                                        \
+     : l->kind == BYTE5 ? fn<BYTE5, true, half, 4>                                                                     \
+     : l->kind == BYTE6 ? fn<BYTE6, true, half, 5>                                                                     \
+     : np == 4          ? fn<SPLIT, true, half, 4>                                                                     \
                         : fn<SPLIT, true, half, 5>)
 
 // Factors scale * step of one group; zero past n up to a multiple of 32.
-static void scales(const pytq_type_info *t, int group, const uint8_t *rows, size_t stride, int n, float *out) {
+static void scales(const pytq_type_info * t, int group, const uint8_t * rows, size_t stride, int n, float * out) {
     const float step = pytq_codebook_get(t->code, t->group_bits[group])->step;
     if (t->scale == PYTQ_SCALE_LOG8) {
-        const float *table = pytq_log8_table();
+        const float * table = pytq_log8_table();
         for (int i = 0; i < n; i++) {
             out[i] = table[rows[(size_t) i * stride + (size_t) group]] * step;
         }
@@ -367,10 +381,11 @@ static void scales(const pytq_type_info *t, int group, const uint8_t *rows, size
 
 // ------------------------------------------------------------------------------------------------ products
 
-// acc[term][row][j] += sum over nk dwords of x_j (lanes) by a (broadcast). SIGNED_A: a is signed and x unsigned, else reversed.
+// acc[term][row][j] += sum over nk dwords of x_j (lanes) by a (broadcast). SIGNED_A: a is signed and x unsigned, else
+// reversed.
 template <int NR, int NL, bool SIGNED_A>
-PYTQ_INLINE void dot(const uint8_t *hi, const uint8_t *lo, size_t row_bytes, const uint8_t *x, size_t x_step, int nk, zi (*high)[NL],
-                     zi (*low)[NL]) {
+PYTQ_INLINE void dot(const uint8_t * hi, const uint8_t * lo, size_t row_bytes, const uint8_t * x, size_t x_step, int nk,
+                     zi (*high)[NL], zi (*low)[NL]) {
     for (int k = 0; k < nk; k++) {
         zi xv[NL];
         for (int j = 0; j < NL; j++) {
@@ -382,8 +397,10 @@ PYTQ_INLINE void dot(const uint8_t *hi, const uint8_t *lo, size_t row_bytes, con
             memcpy(&l, lo + (size_t) r * row_bytes + 4 * k, 4);
             const zi hv = _mm512_set1_epi32(h), lv = _mm512_set1_epi32(l);
             for (int j = 0; j < NL; j++) {
-                high[r][j] = SIGNED_A ? _mm512_dpbusd_epi32(high[r][j], xv[j], hv) : _mm512_dpbusd_epi32(high[r][j], hv, xv[j]);
-                low[r][j] = SIGNED_A ? _mm512_dpbusd_epi32(low[r][j], xv[j], lv) : _mm512_dpbusd_epi32(low[r][j], lv, xv[j]);
+                high[r][j] =
+                    SIGNED_A ? _mm512_dpbusd_epi32(high[r][j], xv[j], hv) : _mm512_dpbusd_epi32(high[r][j], hv, xv[j]);
+                low[r][j] =
+                    SIGNED_A ? _mm512_dpbusd_epi32(low[r][j], xv[j], lv) : _mm512_dpbusd_epi32(low[r][j], lv, xv[j]);
             }
         }
     }
@@ -391,8 +408,8 @@ PYTQ_INLINE void dot(const uint8_t *hi, const uint8_t *lo, size_t row_bytes, con
 
 // Row of q: dk high bytes, dk low bytes (value = 256 high + low, both signed).
 template <int NR>
-void qk_rows(const pytq_type_info *t, const uint8_t *a, size_t a_row, const float *q_scale, const int32_t *corr, int n, const uint8_t *x,
-             const float *k_scale, float *s) {
+void qk_rows(const pytq_type_info * t, const uint8_t * a, size_t a_row, const float * q_scale, const int32_t * corr,
+             int n, const uint8_t * x, const float * k_scale, float * s) {
     const int d = t->head_dim;
     const size_t block = (size_t) d * 16;
     for (int j = 0; j < n; j += 32) {
@@ -403,7 +420,8 @@ void qk_rows(const pytq_type_info *t, const uint8_t *a, size_t a_row, const floa
                 high[r][0] = high[r][1] = _mm512_setzero_si512();
                 low[r][0] = low[r][1] = _mm512_set1_epi32(corr[g * RB + r]);
             }
-            dot<NR, 2, true>(a + at, a + d + at, a_row, x + (size_t) j / 16 * block + (size_t) at * 16, block, t->group_len[g] / 4, high, low);
+            dot<NR, 2, true>(a + at, a + d + at, a_row, x + (size_t) j / 16 * block + (size_t) at * 16, block,
+                             t->group_len[g] / 4, high, low);
             for (int i = 0; i < 2; i++) {
                 const __m512 ks = _mm512_load_ps(k_scale + g * T + j + 16 * i);
                 for (int r = 0; r < NR; r++) {
@@ -421,7 +439,8 @@ void qk_rows(const pytq_type_info *t, const uint8_t *a, size_t a_row, const floa
 }
 
 template <int NR, int NL>
-PYTQ_INLINE void pv_block(const uint8_t *w, const uint8_t *x, int quads, int width, const float *corr, const float *f, float *o) {
+PYTQ_INLINE void pv_block(const uint8_t * w, const uint8_t * x, int quads, int width, const float * corr,
+                          const float * f, float * o) {
     zi high[NR][NL], low[NR][NL];
     for (int r = 0; r < NR; r++) {
         for (int j = 0; j < NL; j++) {
@@ -432,7 +451,7 @@ PYTQ_INLINE void pv_block(const uint8_t *w, const uint8_t *x, int quads, int wid
     for (int r = 0; r < NR; r++) {
         const __m512 cv = _mm512_set1_ps(corr[r]), fv = _mm512_set1_ps(f[r]);
         for (int j = 0; j < NL; j++) {
-            float *const to = o + (size_t) r * width + 16 * j;
+            float * const to = o + (size_t) r * width + 16 * j;
             const __m512 v = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high[r][j], 8), low[r][j]));
             _mm512_store_ps(to, _mm512_fmadd_ps(v, fv, _mm512_mul_ps(_mm512_load_ps(to), cv)));
         }
@@ -440,7 +459,8 @@ PYTQ_INLINE void pv_block(const uint8_t *w, const uint8_t *x, int quads, int wid
 }
 
 template <int NR>
-void pv_rows(const uint8_t *w, int quads, const uint8_t *x, int width, const float *corr, const float *f, float *o) {
+void pv_rows(const uint8_t * w, int quads, const uint8_t * x, int width, const float * corr, const float * f,
+             float * o) {
     int c = 0;
     for (; c + 32 <= width; c += 32) {
         pv_block<NR, 2>(w, x + (size_t) c * T, quads, width, corr, f, o + c);
@@ -452,13 +472,15 @@ void pv_rows(const uint8_t *w, int quads, const uint8_t *x, int width, const flo
 
 struct Tier {
     static constexpr float weight_max = 65535.0f;
-    static void quantize(const pytq_type_info *t, const float *x, void *y, int64_t n);
-    static void dequantize(const pytq_type_info *t, const void *y, float *x, int64_t n);
+    static void quantize(const pytq_type_info * t, const float * x, void * y, int64_t n);
+    static void dequantize(const pytq_type_info * t, const void * y, float * x, int64_t n);
 
     static vf exp(vf x) {
         const __m512 v = _mm512_max_ps((__m512) x, _mm512_set1_ps(-110.0f));
-        const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(v, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        const __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), v));
+        const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(v, _mm512_set1_ps(1.44269504f)),
+                                              _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        const __m512 r =
+            _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), v));
         __m512 p = _mm512_set1_ps(8.3334519073e-3f);
         p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
         p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
@@ -467,12 +489,12 @@ struct Tier {
         p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
         return (vf) _mm512_scalef_ps(p, n);
     }
-    static vf halves(const uint16_t *p) { return (vf) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)); }
+    static vf halves(const uint16_t * p) { return (vf) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)); }
     static vf maximum(vf a, vf b) { return (vf) _mm512_max_ps((__m512) a, (__m512) b); }
     static float max16(vf v) { return _mm512_reduce_max_ps((__m512) v); }
     static float sum16(vf v) { return _mm512_reduce_add_ps((__m512) v); }
 
-    static mask_state mask_of(const uint16_t *m, int n) {
+    static mask_state mask_of(const uint16_t * m, int n) {
         zi any = _mm512_setzero_si512();
         __mmask32 odd = 0;
         for (int i = 0; i < n; i += 32) {
@@ -485,34 +507,37 @@ struct Tier {
     }
 
     static bool k_integer(const pytq_type_info *) { return true; }
-    static bool v_integer(const pytq_type_info *t) { return t->n_groups == 1; }
-    static int v_width(const pytq_type_info *t) { return (t->head_dim + 31) & ~31; }
+    static bool v_integer(const pytq_type_info * t) { return t->n_groups == 1; }
+    static int v_width(const pytq_type_info * t) { return (t->head_dim + 31) & ~31; }
 
-    static void k_tile(const pytq_type_info *t, const uint8_t *rows, size_t stride, int n, bool last, uint8_t *x, float *scale) {
+    static void k_tile(const pytq_type_info * t, const uint8_t * rows, size_t stride, int n, bool last, uint8_t * x,
+                       float * scale) {
         layout lay;
         make_layout(t, 128, &lay);
-        const layout *l = &lay;
+        const layout * l = &lay;
         const bool trellis = t->code == PYTQ_CODE_TRELLIS;
         const int np = t->n_planes;
-        unpack_fn *fn = t->head_dim == 64 ? PYTQ_PICK(unpack_k, true) : PYTQ_PICK(unpack_k, false);
+        unpack_fn * fn = t->head_dim == 64 ? PYTQ_PICK(unpack_k, true) : PYTQ_PICK(unpack_k, false);
         fn(t, l, rows, stride, n, last, x);
         for (int g = 0; g < t->n_groups; g++) {
             scales(t, g, rows, stride, n, scale + g * T);
         }
     }
 
-    static void v_tile(const pytq_type_info *t, const uint8_t *rows, size_t stride, int n, bool last, uint8_t *x, float *scale) {
+    static void v_tile(const pytq_type_info * t, const uint8_t * rows, size_t stride, int n, bool last, uint8_t * x,
+                       float * scale) {
         layout lay;
         make_layout(t, 0, &lay);
-        const layout *l = &lay;
+        const layout * l = &lay;
         const bool trellis = t->code == PYTQ_CODE_TRELLIS;
         const int np = t->n_planes;
-        unpack_fn *fn = t->head_dim == 64 ? PYTQ_PICK(unpack_v, true) : PYTQ_PICK(unpack_v, false);
+        unpack_fn * fn = t->head_dim == 64 ? PYTQ_PICK(unpack_v, true) : PYTQ_PICK(unpack_v, false);
         fn(t, l, rows, stride, n, last, x);
         scales(t, 0, rows, stride, n, scale);
     }
 
-    static void q_row(const pytq_type_info *t, const float *q, float scale, uint8_t *a, float *q_scale, int32_t *corr) {
+    static void q_row(const pytq_type_info * t, const float * q, float scale, uint8_t * a, float * q_scale,
+                      int32_t * corr) {
         const int d = t->head_dim;
         __m512 top = _mm512_setzero_ps();
         for (int c = 0; c < d; c += 16) {
@@ -538,42 +563,57 @@ struct Tier {
         }
     }
 
-    static void qk(const pytq_type_info *t, const uint8_t *a, size_t a_row, const float *q_scale, const int32_t *corr, int nr, int n,
-                   const uint8_t *x, const float *k_scale, float *s) {
+    static void qk(const pytq_type_info * t, const uint8_t * a, size_t a_row, const float * q_scale,
+                   const int32_t * corr, int nr, int n, const uint8_t * x, const float * k_scale, float * s) {
         int r = 0;
         for (; r + 4 <= nr; r += 4) {
             qk_rows<4>(t, a + r * a_row, a_row, q_scale + r, corr + r, n, x, k_scale, s + r * T);
         }
         switch (nr - r) {
-            case 3: qk_rows<3>(t, a + r * a_row, a_row, q_scale + r, corr + r, n, x, k_scale, s + r * T); break;
-            case 2: qk_rows<2>(t, a + r * a_row, a_row, q_scale + r, corr + r, n, x, k_scale, s + r * T); break;
-            case 1: qk_rows<1>(t, a + r * a_row, a_row, q_scale + r, corr + r, n, x, k_scale, s + r * T); break;
-            default: break;
+            case 3:
+                qk_rows<3>(t, a + r * a_row, a_row, q_scale + r, corr + r, n, x, k_scale, s + r * T);
+                break;
+            case 2:
+                qk_rows<2>(t, a + r * a_row, a_row, q_scale + r, corr + r, n, x, k_scale, s + r * T);
+                break;
+            case 1:
+                qk_rows<1>(t, a + r * a_row, a_row, q_scale + r, corr + r, n, x, k_scale, s + r * T);
+                break;
+            default:
+                break;
         }
     }
 
-    static void store_weights(uint8_t *w, int j, vf v) {
+    static void store_weights(uint8_t * w, int j, vf v) {
         const zi i = _mm512_cvtps_epi32((__m512) v);
         _mm_store_si128((__m128i *) (w + j), _mm512_cvtepi32_epi8(_mm512_srli_epi32(i, 8)));
         _mm_store_si128((__m128i *) (w + T + j), _mm512_cvtepi32_epi8(i));
     }
 
-    static void pv(const pytq_type_info *t, const uint8_t *w, int nr, int n, const uint8_t *x, const float *corr, const float *f, float *o) {
+    static void pv(const pytq_type_info * t, const uint8_t * w, int nr, int n, const uint8_t * x, const float * corr,
+                   const float * f, float * o) {
         const int width = v_width(t), quads = (n + 3) / 4;
         int r = 0;
         for (; r + 4 <= nr; r += 4) {
             pv_rows<4>(w + r * 4 * T, quads, x, width, corr + r, f + r, o + (size_t) r * width);
         }
         switch (nr - r) {
-            case 3: pv_rows<3>(w + r * 4 * T, quads, x, width, corr + r, f + r, o + (size_t) r * width); break;
-            case 2: pv_rows<2>(w + r * 4 * T, quads, x, width, corr + r, f + r, o + (size_t) r * width); break;
-            case 1: pv_rows<1>(w + r * 4 * T, quads, x, width, corr + r, f + r, o + (size_t) r * width); break;
-            default: break;
+            case 3:
+                pv_rows<3>(w + r * 4 * T, quads, x, width, corr + r, f + r, o + (size_t) r * width);
+                break;
+            case 2:
+                pv_rows<2>(w + r * 4 * T, quads, x, width, corr + r, f + r, o + (size_t) r * width);
+                break;
+            case 1:
+                pv_rows<1>(w + r * 4 * T, quads, x, width, corr + r, f + r, o + (size_t) r * width);
+                break;
+            default:
+                break;
         }
     }
 
     // The nibble layout holds groups of 8 coordinates in the order 0 2 1 3 of each 32.
-    static void natural_order(const pytq_type_info *t, const float *o, int dv, float *out) {
+    static void natural_order(const pytq_type_info * t, const float * o, int dv, float * out) {
         const bool swapped = t && shape_of(t) == NIBBLE;
         for (int j = 0; j < dv / 8; j++) {
             const int from = swapped ? (j & ~3) + (j % 4 == 1 ? 2 : j % 4 == 2 ? 1 : j % 4) : j;
@@ -584,11 +624,11 @@ struct Tier {
 
 // ------------------------------------------------------------------------------------------------ encoder
 //
-// Viterbi over 64 states in four registers, in place: after a step the state's bits have moved up by one, and the new bit
-// lives where the dropped one was. So state bit k is bit (k - t) mod 6 of the location (16 * register + lane) and the two
-// predecessors of a state differ in location bit b = 5 - t mod 6: two registers (b = 5, 4) or two lanes of one (b < 4).
-// With X and Y the costs of the two branches, out = min(V + X, W + Y), W being V's partner. Every sum and comparison is the
-// reference's, in its order, so the bytes are the same.
+// Viterbi over 64 states in four registers, in place: after a step the state's bits have moved up by one, and the new
+// bit lives where the dropped one was. So state bit k is bit (k - t) mod 6 of the location (16 * register + lane) and
+// the two predecessors of a state differ in location bit b = 5 - t mod 6: two registers (b = 5, 4) or two lanes of one
+// (b < 4). With X and Y the costs of the two branches, out = min(V + X, W + Y), W being V's partner. Every sum and
+// comparison is the reference's, in its order, so the bytes are the same.
 
 // Tables of one code and bit width: levels and decision limits of each subset (one subset for the scalar code).
 struct search_table {
@@ -600,13 +640,13 @@ struct search_table {
 
 struct encoder_tables {
     search_table table[2][6];
-    alignas(64) int32_t x[6][4][16];  // index of cost X for each phase, register and lane; Y = X ^ 2
+    alignas(64) int32_t x[6][4][16]; // index of cost X for each phase, register and lane; Y = X ^ 2
     encoder_tables() {
         memset(table, 0, sizeof(table));
         for (int code = 0; code < 2; code++) {
             for (int bits = 1; bits <= 5; bits++) {
-                const pytq_codebook *cb = pytq_codebook_get((enum pytq_code) code, bits);
-                search_table *s = &table[code][bits];
+                const pytq_codebook * cb = pytq_codebook_get((enum pytq_code) code, bits);
+                search_table * s = &table[code][bits];
                 const int subsets = code == PYTQ_CODE_TRELLIS ? 4 : 1;
                 s->n_sub = cb->n_levels / subsets;
                 s->step = cb->step;
@@ -614,7 +654,8 @@ struct encoder_tables {
                 for (int z = 0; z < subsets; z++) {
                     for (int i = 0; i < 16 && i < s->n_sub; i++) {
                         s->level[z][i] = (float) cb->levels[subsets * i + z];
-                        s->limit[z][i] = i + 1 < s->n_sub ? 0.5f * ((float) cb->levels[subsets * i + z] + (float) cb->levels[subsets * (i + 1) + z])
+                        s->limit[z][i] = i + 1 < s->n_sub ? 0.5f * ((float) cb->levels[subsets * i + z] +
+                                                                    (float) cb->levels[subsets * (i + 1) + z])
                                                           : INFINITY;
                     }
                 }
@@ -630,7 +671,7 @@ struct encoder_tables {
     }
 };
 
-static const encoder_tables &tables() {
+static const encoder_tables & tables() {
     static const encoder_tables t;
     return t;
 }
@@ -642,7 +683,7 @@ PYTQ_INLINE float fold16(__m512 v) {
     return _mm_cvtss_f32(_mm_add_ss(c, _mm_shuffle_ps(c, c, 1)));
 }
 
-static float sum_product(const float *a, const float *b, int n) {
+static float sum_product(const float * a, const float * b, int n) {
     __m512 acc = _mm512_setzero_ps();
     for (int i = 0; i < n; i += 16) {
         const __mmask16 k = n - i >= 16 ? 0xffff : (__mmask16) ((1u << (n - i)) - 1);
@@ -652,7 +693,7 @@ static float sum_product(const float *a, const float *b, int n) {
 }
 
 // Index of the nearest of n_sub levels: the number of limits below y.
-PYTQ_INLINE zi nearest(__m512 y, const float *limit, int n_sub) {
+PYTQ_INLINE zi nearest(__m512 y, const float * limit, int n_sub) {
     const __m512 lim = _mm512_load_ps(limit);
     zi i = _mm512_setzero_si512();
     for (int h = n_sub / 2; h > 0; h /= 2) {
@@ -663,13 +704,13 @@ PYTQ_INLINE zi nearest(__m512 y, const float *limit, int n_sub) {
 }
 
 struct viterbi_work {
-    alignas(64) float cost[PYTQ_MAX_HEAD_DIM * 4];  // 16 coordinates: [t & 3][t >> 2 & 3][subset]
+    alignas(64) float cost[PYTQ_MAX_HEAD_DIM * 4]; // 16 coordinates: [t & 3][t >> 2 & 3][subset]
     alignas(64) uint8_t best[4][PYTQ_MAX_HEAD_DIM];
-    alignas(64) uint16_t decision[PYTQ_MAX_HEAD_DIM][4];  // set where the older bit differs from location bit b
+    alignas(64) uint16_t decision[PYTQ_MAX_HEAD_DIM][4]; // set where the older bit differs from location bit b
 };
 
 template <int PHASE>
-PYTQ_INLINE void viterbi_step(const encoder_tables &tab, const float *cost4, __m512 *m, uint16_t *decision) {
+PYTQ_INLINE void viterbi_step(const encoder_tables & tab, const float * cost4, __m512 * m, uint16_t * decision) {
     constexpr int B = 5 - PHASE;
     const __m512 cost = _mm512_broadcast_f32x4(_mm_load_ps(cost4));
     const zi two = _mm512_set1_epi32(2);
@@ -697,7 +738,8 @@ PYTQ_INLINE void viterbi_step(const encoder_tables &tab, const float *cost4, __m
             const zi xi = _mm512_load_si512(tab.x[PHASE][r]);
             const __m512 vx = _mm512_add_ps(v, _mm512_permutevar_ps(cost, xi));
             const __m512 wy = _mm512_add_ps(w, _mm512_permutevar_ps(cost, _mm512_xor_si512(xi, two)));
-            // wy < vx, but wy <= vx in the lanes where location bit B is 1: metrics are not negative, so their bits order them
+            // wy < vx, but wy <= vx in the lanes where location bit B is 1: metrics are not negative, so their bits
+            // order them
             const zi limit = _mm512_add_epi32(_mm512_castps_si512(vx), _mm512_maskz_set1_epi32((__mmask16) ones, 1));
             decision[r] = (uint16_t) _mm512_cmplt_epi32_mask(_mm512_castps_si512(wy), limit);
             m[r] = _mm512_min_ps(vx, wy);
@@ -705,11 +747,13 @@ PYTQ_INLINE void viterbi_step(const encoder_tables &tab, const float *cost4, __m
     }
 }
 
-PYTQ_INLINE const float *cost_of(const viterbi_work *w, int t) { return w->cost + (t & ~15) * 4 + (t & 3) * 16 + (t >> 2 & 3) * 4; }
+PYTQ_INLINE const float * cost_of(const viterbi_work * w, int t) {
+    return w->cost + (t & ~15) * 4 + (t & 3) * 16 + (t >> 2 & 3) * 4;
+}
 
 // Coded bits of the best path.
-static void viterbi(viterbi_work *w, int d, uint64_t *u) {
-    const encoder_tables &tab = tables();
+static void viterbi(viterbi_work * w, int d, uint64_t * u) {
+    const encoder_tables & tab = tables();
     __m512 m[4];
     m[1] = m[2] = m[3] = _mm512_set1_ps(1e30f);
     m[0] = _mm512_mask_mov_ps(m[1], 1, _mm512_setzero_ps());
@@ -737,7 +781,8 @@ static void viterbi(viterbi_work *w, int d, uint64_t *u) {
     if (t + 4 < d) {
         viterbi_step<4>(tab, cost_of(w, t + 4), m, w->decision[t + 4]);
     }
-    const __m512 top = _mm512_set1_ps(_mm512_reduce_min_ps(_mm512_min_ps(_mm512_min_ps(m[0], m[1]), _mm512_min_ps(m[2], m[3]))));
+    const __m512 top =
+        _mm512_set1_ps(_mm512_reduce_min_ps(_mm512_min_ps(_mm512_min_ps(m[0], m[1]), _mm512_min_ps(m[2], m[3]))));
     uint64_t ties = 0;
     for (int r = 0; r < 4; r++) {
         ties |= (uint64_t) _mm512_cmp_ps_mask(m[r], top, _CMP_EQ_OQ) << (16 * r);
@@ -781,21 +826,21 @@ static int log8_encode(float sigma) {
     return e < 1 ? 0 : e > 255 ? 255 : e;
 }
 
-static void store_plane(const pytq_type_info *t, int p, int word, uint64_t bits, uint8_t *out) {
+static void store_plane(const pytq_type_info * t, int p, int word, uint64_t bits, uint8_t * out) {
     const int bytes = t->plane_len[p] / 8 - 8 * word;
     if (bytes > 0) {
         memcpy(out + t->plane_off[p] + 8 * word, &bits, (size_t) (bytes < 8 ? bytes : 8));
     }
 }
 
-static void encode_trellis(const pytq_type_info *t, const float *x, uint8_t *out) {
-    const float *log8 = pytq_log8_table();
+static void encode_trellis(const pytq_type_info * t, const float * x, uint8_t * out) {
+    const float * log8 = pytq_log8_table();
     const int d = t->head_dim;
     viterbi_work w;
     int e[PYTQ_MAX_GROUPS];
     for (int g = 0, at = 0; g < t->n_groups; at += t->group_len[g++]) {
         const int n = t->group_len[g];
-        const search_table &s = tables().table[PYTQ_CODE_TRELLIS][t->group_bits[g]];
+        const search_table & s = tables().table[PYTQ_CODE_TRELLIS][t->group_bits[g]];
         e[g] = log8_encode(sqrtf(sum_product(x + at, x + at, n) / (float) n));
         const float f = log8[e[g]] * s.step;
         const __m512 inv = _mm512_set1_ps(e[g] ? 1.0f / f : 0.0f);
@@ -812,12 +857,14 @@ static void encode_trellis(const pytq_type_info *t, const float *x, uint8_t *out
                 c[z] = _mm512_mul_ps(weight, _mm512_mul_ps(err, err));
                 _mm512_mask_cvtepi32_storeu_epi8(w.best[z] + i, mine, k);
             }
-            const zi lo = _mm512_castps_si512(_mm512_unpacklo_ps(c[0], c[1])), hi = _mm512_castps_si512(_mm512_unpackhi_ps(c[0], c[1]));
-            const zi lo2 = _mm512_castps_si512(_mm512_unpacklo_ps(c[2], c[3])), hi2 = _mm512_castps_si512(_mm512_unpackhi_ps(c[2], c[3]));
-            const zi rows[4] = {_mm512_unpacklo_epi64(lo, lo2), _mm512_unpackhi_epi64(lo, lo2), _mm512_unpacklo_epi64(hi, hi2),
-                                _mm512_unpackhi_epi64(hi, hi2)};
+            const zi lo = _mm512_castps_si512(_mm512_unpacklo_ps(c[0], c[1])),
+                     hi = _mm512_castps_si512(_mm512_unpackhi_ps(c[0], c[1]));
+            const zi lo2 = _mm512_castps_si512(_mm512_unpacklo_ps(c[2], c[3])),
+                     hi2 = _mm512_castps_si512(_mm512_unpackhi_ps(c[2], c[3]));
+            const zi rows[4] = {_mm512_unpacklo_epi64(lo, lo2), _mm512_unpackhi_epi64(lo, lo2),
+                                _mm512_unpacklo_epi64(hi, hi2), _mm512_unpackhi_epi64(hi, hi2)};
             for (int k = 0; k < 4; k++) {
-                unsigned lanes = 0;  // coordinate 4 j + k is lane group j
+                unsigned lanes = 0; // coordinate 4 j + k is lane group j
                 for (int j = 0; j < 4; j++) {
                     lanes |= (mine >> (4 * j + k) & 1) ? 0xfu << (4 * j) : 0;
                 }
@@ -833,10 +880,11 @@ static void encode_trellis(const pytq_type_info *t, const float *x, uint8_t *out
         const uint64_t now = u[word], before = word ? u[word - 1] : 0;
         auto delayed = [&](int k) { return now << k | before >> (64 - k); };
         const uint64_t z1 = now ^ delayed(5) ^ delayed(6), z0 = delayed(2) ^ delayed(4);
-        const uint8_t *b = w.best[0] + 64 * word;
+        const uint8_t * b = w.best[0] + 64 * word;
         const size_t stride = PYTQ_MAX_HEAD_DIM;
         const zi n0 = _mm512_mask_blend_epi8(z0, _mm512_loadu_si512(b), _mm512_loadu_si512(b + stride));
-        const zi n1 = _mm512_mask_blend_epi8(z0, _mm512_loadu_si512(b + 2 * stride), _mm512_loadu_si512(b + 3 * stride));
+        const zi n1 =
+            _mm512_mask_blend_epi8(z0, _mm512_loadu_si512(b + 2 * stride), _mm512_loadu_si512(b + 3 * stride));
         const zi n = _mm512_mask_blend_epi8(z1, n0, n1);
         store_plane(t, 0, word, now, out);
         for (int p = 1; p < t->n_planes; p++) {
@@ -850,13 +898,15 @@ static void encode_trellis(const pytq_type_info *t, const float *x, uint8_t *out
             if (from < 64 && to > 0) {
                 const uint64_t below = to >= 64 ? ~0ull : (1ull << to) - 1;
                 const uint64_t mine = from > 0 ? below & ~((1ull << from) - 1) : below;
-                lv = _mm512_mask_permutexvar_epi8(lv, mine, index, _mm512_load_si512(tables().table[PYTQ_CODE_TRELLIS][t->group_bits[g]].all));
+                lv = _mm512_mask_permutexvar_epi8(
+                    lv, mine, index, _mm512_load_si512(tables().table[PYTQ_CODE_TRELLIS][t->group_bits[g]].all));
             }
         }
         alignas(64) int8_t bytes[64];
         _mm512_store_si512(bytes, lv);
         for (int i = 0; i < 64; i += 16) {
-            _mm512_store_ps(level + 64 * word + i, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_load_si128((const __m128i *) (bytes + i)))));
+            _mm512_store_ps(level + 64 * word + i,
+                            _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_load_si128((const __m128i *) (bytes + i)))));
         }
     }
     for (int g = 0, at = 0; g < t->n_groups; at += t->group_len[g++]) {
@@ -880,9 +930,9 @@ static void encode_trellis(const pytq_type_info *t, const float *x, uint8_t *out
     }
 }
 
-static void encode_scalar(const pytq_type_info *t, const float *x, uint8_t *out) {
+static void encode_scalar(const pytq_type_info * t, const float * x, uint8_t * out) {
     const int d = t->head_dim;
-    const search_table &s = tables().table[PYTQ_CODE_SCALAR][t->group_bits[0]];
+    const search_table & s = tables().table[PYTQ_CODE_SCALAR][t->group_bits[0]];
     alignas(64) float level[PYTQ_MAX_HEAD_DIM];
     alignas(64) uint8_t index[PYTQ_MAX_HEAD_DIM];
     const float ss = sum_product(x, x, d);
@@ -900,12 +950,14 @@ static void encode_scalar(const pytq_type_info *t, const float *x, uint8_t *out)
     }
     const float ll = sum_product(level, level, d);
     const float scale = sqrtf(ss / ll) / s.step;
-    const uint16_t h = scale < 65504.0f ? (uint16_t) _mm_extract_epi16(_mm_cvtps_ph(_mm_set_ss(scale), _MM_FROUND_TO_NEAREST_INT), 0) : 0x7bff;
+    const uint16_t h = scale < 65504.0f
+                           ? (uint16_t) _mm_extract_epi16(_mm_cvtps_ph(_mm_set_ss(scale), _MM_FROUND_TO_NEAREST_INT), 0)
+                           : 0x7bff;
     memcpy(out, &h, 2);
 }
 
-void Tier::quantize(const pytq_type_info *t, const float *x, void *y, int64_t n) {
-    uint8_t *out = (uint8_t *) y;
+void Tier::quantize(const pytq_type_info * t, const float * x, void * y, int64_t n) {
+    uint8_t * out = (uint8_t *) y;
     for (int64_t at = 0; at < n; at += t->head_dim, out += t->block_bytes, x += t->head_dim) {
         __m512 top = _mm512_setzero_ps();
         __mmask16 bad = 0;
@@ -916,7 +968,7 @@ void Tier::quantize(const pytq_type_info *t, const float *x, void *y, int64_t n)
         }
         const float m = _mm512_reduce_max_ps(top);
         if (bad || !(m >= 0x1p-40f && m <= 0x1p40f)) {
-            pytq_quantize_ref(t, x, out, t->head_dim);  // zero, non-finite or out of range: rare
+            pytq_quantize_ref(t, x, out, t->head_dim); // zero, non-finite or out of range: rare
         } else if (t->code == PYTQ_CODE_SCALAR) {
             encode_scalar(t, x, out);
         } else {
@@ -925,8 +977,8 @@ void Tier::quantize(const pytq_type_info *t, const float *x, void *y, int64_t n)
     }
 }
 
-void Tier::dequantize(const pytq_type_info *t, const void *y, float *x, int64_t n) {
-    const uint8_t *in = (const uint8_t *) y;
+void Tier::dequantize(const pytq_type_info * t, const void * y, float * x, int64_t n) {
+    const uint8_t * in = (const uint8_t *) y;
     for (int64_t at = 0; at < n; at += t->head_dim, in += t->block_bytes, x += t->head_dim) {
         uint64_t before = 0;
         for (int word = 0; 64 * word < t->head_dim; word++) {
@@ -958,7 +1010,7 @@ void Tier::dequantize(const pytq_type_info *t, const void *y, float *x, int64_t 
                 if (from >= to) {
                     continue;
                 }
-                const search_table &s = tables().table[t->code][t->group_bits[g]];
+                const search_table & s = tables().table[t->code][t->group_bits[g]];
                 _mm512_store_si512(bytes, _mm512_permutexvar_epi8(index, _mm512_load_si512(s.all)));
                 float factor;
                 if (t->scale == PYTQ_SCALE_LOG8) {
@@ -967,7 +1019,8 @@ void Tier::dequantize(const pytq_type_info *t, const void *y, float *x, int64_t 
                     factor = _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(in[2 * g] | in[2 * g + 1] << 8))) * s.step;
                 }
                 for (int i = from; i < to; i += 8) {
-                    const __m256 v = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) (bytes + i - 64 * word))));
+                    const __m256 v = _mm256_cvtepi32_ps(
+                        _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) (bytes + i - 64 * word))));
                     _mm256_storeu_ps(x + i, _mm256_mul_ps(v, _mm256_set1_ps(factor)));
                 }
             }
@@ -975,12 +1028,13 @@ void Tier::dequantize(const pytq_type_info *t, const void *y, float *x, int64_t 
     }
 }
 
-const pytq_cpu_tier_row row = {"avx512", PYTQ_CAP_AVX2 | PYTQ_CAP_AVX512, Tier::quantize, Tier::dequantize, run_item<Tier>, run_merge<Tier>};
+const pytq_cpu_tier_row row = {
+    "avx512", PYTQ_CAP_AVX2 | PYTQ_CAP_AVX512, Tier::quantize, Tier::dequantize, run_item<Tier>, run_merge<Tier>};
 
-}  // namespace
+} // namespace
 
 extern "C" {
-const pytq_cpu_tier_row *const pytq_tier_avx512 = &row;
+const pytq_cpu_tier_row * const pytq_tier_avx512 = &row;
 }
 
 #if defined(__clang__)
@@ -990,7 +1044,7 @@ const pytq_cpu_tier_row *const pytq_tier_avx512 = &row;
 #else
 
 extern "C" {
-const pytq_cpu_tier_row *const pytq_tier_avx512 = nullptr;
+const pytq_cpu_tier_row * const pytq_tier_avx512 = nullptr;
 }
 
 #endif

@@ -18,16 +18,17 @@ unsigned pytq_cpu_caps(void) {
         caps |= PYTQ_CAP_AVX2;
     }
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
-        __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("gfni")) {
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") &&
+        __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+        __builtin_cpu_supports("gfni")) {
         caps |= PYTQ_CAP_AVX512;
     }
 #elif defined(__aarch64__) && defined(__linux__)
-    if (getauxval(AT_HWCAP) & (1ul << 20)) {  // HWCAP_ASIMDDP
+    if (getauxval(AT_HWCAP) & (1ul << 20)) { // HWCAP_ASIMDDP
         caps |= PYTQ_CAP_NEON;
     }
 #elif defined(__aarch64__) && defined(__APPLE__)
-    caps |= PYTQ_CAP_NEON;  // every 64-bit Mac has the dot product instructions
+    caps |= PYTQ_CAP_NEON; // every 64-bit Mac has the dot product instructions
 #endif
     return caps;
 }
@@ -35,10 +36,10 @@ unsigned pytq_cpu_caps(void) {
 static _Atomic(const pytq_cpu_tier_row *) current;
 
 static void choose(unsigned caps) {
-    const pytq_cpu_tier_row *const best_first[] = {pytq_tier_avx512, pytq_tier_avx2, pytq_tier_neon, pytq_tier_scalar};
+    const pytq_cpu_tier_row * const best_first[] = {pytq_tier_avx512, pytq_tier_avx2, pytq_tier_neon, pytq_tier_scalar};
     caps &= pytq_cpu_caps();
     for (size_t i = 0; i < sizeof(best_first) / sizeof(best_first[0]); i++) {
-        const pytq_cpu_tier_row *t = best_first[i];
+        const pytq_cpu_tier_row * t = best_first[i];
         if (t && (t->needs & caps) == t->needs) {
             atomic_store(&current, t);
             return;
@@ -46,14 +47,17 @@ static void choose(unsigned caps) {
     }
 }
 
-void pytq_force_caps(unsigned caps) { choose(caps); }
+void pytq_force_caps(unsigned caps) {
+    choose(caps);
+}
 
 static unsigned caps_from_environment(void) {
     static const struct {
-        const char *name;
+        const char * name;
         unsigned caps;
-    } names[] = {{"scalar", 0}, {"avx2", PYTQ_CAP_AVX2}, {"avx512", PYTQ_CAP_AVX512 | PYTQ_CAP_AVX2}, {"neon", PYTQ_CAP_NEON}};
-    const char *want = getenv("PYTQ_CPU_CAPS");
+    } names[] = {
+        {"scalar", 0}, {"avx2", PYTQ_CAP_AVX2}, {"avx512", PYTQ_CAP_AVX512 | PYTQ_CAP_AVX2}, {"neon", PYTQ_CAP_NEON}};
+    const char * want = getenv("PYTQ_CPU_CAPS");
     if (!want || !*want) {
         return ~0u;
     }
@@ -69,8 +73,8 @@ static unsigned caps_from_environment(void) {
     return ~0u;
 }
 
-const pytq_cpu_tier_row *pytq_cpu_tier_current(void) {
-    const pytq_cpu_tier_row *t = atomic_load(&current);
+const pytq_cpu_tier_row * pytq_cpu_tier_current(void) {
+    const pytq_cpu_tier_row * t = atomic_load(&current);
     if (!t) {
         choose(caps_from_environment());
         t = atomic_load(&current);
@@ -78,20 +82,23 @@ const pytq_cpu_tier_row *pytq_cpu_tier_current(void) {
     return t;
 }
 
-const char *pytq_cpu_tier(void) { return pytq_cpu_tier_current()->name; }
+const char * pytq_cpu_tier(void) {
+    return pytq_cpu_tier_current()->name;
+}
 
-void pytq_quantize(const pytq_type_info *t, const float *x, void *y, int64_t n) {
+void pytq_quantize(const pytq_type_info * t, const float * x, void * y, int64_t n) {
     pytq_cpu_tier_current()->quantize(t, x, y, n);
 }
 
-void pytq_dequantize(const pytq_type_info *t, const void *y, float *x, int64_t n) {
+void pytq_dequantize(const pytq_type_info * t, const void * y, float * x, int64_t n) {
     pytq_cpu_tier_current()->dequantize(t, y, x, n);
 }
 
-void pytq_attn_item(const pytq_attn *a, const pytq_attn_plan *plan, int item, void *scratch, void *partials) {
+void pytq_attn_item(const pytq_attn * a, const pytq_attn_plan * plan, int item, void * scratch, void * partials) {
     pytq_cpu_tier_current()->attn_item(a, plan, item, scratch, partials);
 }
 
-void pytq_attn_merge(const pytq_attn *a, const pytq_attn_plan *plan, int thread, int n_threads, const void *partials) {
+void pytq_attn_merge(const pytq_attn * a, const pytq_attn_plan * plan, int thread, int n_threads,
+                     const void * partials) {
     pytq_cpu_tier_current()->attn_merge(a, plan, thread, n_threads, partials);
 }

@@ -36,20 +36,22 @@ struct Lanes {
     struct alignas(16) index {
         uint8_t i[16];
     };
-    static void set_index(index &to, int lane, int subset) {
+    static void set_index(index & to, int lane, int subset) {
         for (int b = 0; b < 4; b++) {
             to.i[4 * lane + b] = (uint8_t) (4 * subset + b);
         }
     }
-    static f load(const float *p) { return vld1q_f32(p); }
-    static void store(float *p, f v) { vst1q_f32(p, v); }
-    static f broadcast4(const float *p) { return vld1q_f32(p); }
-    static f pick(f cost, const index &i) { return vreinterpretq_f32_u8(vqtbl1q_u8(vreinterpretq_u8_f32(cost), vld1q_u8(i.i))); }
+    static f load(const float * p) { return vld1q_f32(p); }
+    static void store(float * p, f v) { vst1q_f32(p, v); }
+    static f broadcast4(const float * p) { return vld1q_f32(p); }
+    static f pick(f cost, const index & i) {
+        return vreinterpretq_f32_u8(vqtbl1q_u8(vreinterpretq_u8_f32(cost), vld1q_u8(i.i)));
+    }
     static f add(f a, f b) { return vaddq_f32(a, b); }
     static f min(f a, f b) { return vminq_f32(a, b); }
     template <int B> static f swap(f v) { return B == 1 ? vextq_f32(v, v, 2) : vrev64q_f32(v); }
     // byte 0xff where the branch from the state with the older bit 1 is strictly better; see the AVX2 tier
-    template <int B> static void decide(uint8_t *to, int r, f a, f b) {
+    template <int B> static void decide(uint8_t * to, int r, f a, f b) {
         uint32x4_t k = vcltq_f32(a, b);
         if (B >= 0) {
             static const uint32_t ones[2][4] = {{0, ~0u, 0, ~0u}, {0, 0, ~0u, ~0u}};
@@ -59,7 +61,7 @@ struct Lanes {
         const uint8x8_t v = vmovn_u16(vcombine_u16(h, h));
         vst1_lane_u32((uint32_t *) (void *) (to + 4 * r), vreinterpret_u32_u8(v), 0);
     }
-    static unsigned decision(const uint8_t *d, unsigned loc) { return d[loc] & 1u; }
+    static unsigned decision(const uint8_t * d, unsigned loc) { return d[loc] & 1u; }
     static float float_of(uint16_t h) { return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(h))), 0); }
     static uint16_t half_of(float x) {
         if (!(x < 65504.0f)) {
@@ -68,7 +70,7 @@ struct Lanes {
         const float16x4_t h = vcvt_f16_f32(vdupq_n_f32(x));
         return vget_lane_u16(vreinterpret_u16_f16(h), 0);
     }
-    static inline __attribute__((always_inline)) uint8x16_t expand(const uint64_t *row, int n_rows, int at) {
+    static inline __attribute__((always_inline)) uint8x16_t expand(const uint64_t * row, int n_rows, int at) {
         static const uint8_t bit[16] = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
         const uint8x16_t bits = vld1q_u8(bit);
         uint8x16_t index = vdupq_n_u8(0);
@@ -79,7 +81,8 @@ struct Lanes {
         }
         return index;
     }
-    static inline __attribute__((always_inline)) void look_up(uint8x16_t index, const int8_t *table, int bits, int8_t *out, int base, int skip) {
+    static inline __attribute__((always_inline)) void look_up(uint8x16_t index, const int8_t * table, int bits,
+                                                              int8_t * out, int base, int skip) {
         int8x16_t v;
         if (bits <= 4) {
             v = vqtbl1q_s8(vld1q_s8(table), index);
@@ -98,14 +101,15 @@ struct Lanes {
     }
 };
 
-}  // namespace
+} // namespace
 
 #include "encode.inl"
 
 namespace {
 
 template <int NR, int NL>
-PYTQ_INLINE void dot(const int8_t *hi, const int8_t *lo, size_t row_bytes, const int8_t *x, size_t x_step, int quads, int32x4_t (*acc)[NL]) {
+PYTQ_INLINE void dot(const int8_t * hi, const int8_t * lo, size_t row_bytes, const int8_t * x, size_t x_step, int quads,
+                     int32x4_t (*acc)[NL]) {
     int32x4_t high[NR][NL], low[NR][NL];
     for (int r = 0; r < NR; r++) {
         for (int j = 0; j < NL; j++) {
@@ -136,14 +140,16 @@ PYTQ_INLINE void dot(const int8_t *hi, const int8_t *lo, size_t row_bytes, const
 }
 
 template <int NR>
-void qk_rows(const pytq_type_info *t, const int8_t *a, size_t a_row, const float *q_scale, int n, const int8_t *x, const float *k_scale, float *s) {
+void qk_rows(const pytq_type_info * t, const int8_t * a, size_t a_row, const float * q_scale, int n, const int8_t * x,
+             const float * k_scale, float * s) {
     const int d = t->head_dim;
     const size_t block = (size_t) d * 4;
     for (int j = 0; j < n; j += 8) {
         float32x4_t sum[NR][2];
         for (int g = 0, at = 0; g < t->n_groups; at += t->group_len[g++]) {
             int32x4_t acc[NR][2];
-            dot<NR, 2>(a + at, a + d + at, a_row, x + (size_t) j / 4 * block + (size_t) at * 4, block, t->group_len[g] / 4, acc);
+            dot<NR, 2>(a + at, a + d + at, a_row, x + (size_t) j / 4 * block + (size_t) at * 4, block,
+                       t->group_len[g] / 4, acc);
             for (int i = 0; i < 2; i++) {
                 const float32x4_t ks = vld1q_f32(k_scale + g * T + j + 4 * i);
                 for (int r = 0; r < NR; r++) {
@@ -160,13 +166,14 @@ void qk_rows(const pytq_type_info *t, const int8_t *a, size_t a_row, const float
 }
 
 template <int NR>
-void pv_rows(const uint8_t *w, int quads, const int8_t *x, int width, const float *corr, const float *f, float *o) {
+void pv_rows(const uint8_t * w, int quads, const int8_t * x, int width, const float * corr, const float * f,
+             float * o) {
     for (int c = 0; c < width; c += 8) {
         int32x4_t acc[NR][2];
         dot<NR, 2>((const int8_t *) w, (const int8_t *) w + T, 4 * T, x + (size_t) c * T, T * 4, quads, acc);
         for (int r = 0; r < NR; r++) {
             for (int i = 0; i < 2; i++) {
-                float *const to = o + (size_t) r * width + c + 4 * i;
+                float * const to = o + (size_t) r * width + c + 4 * i;
                 vst1q_f32(to, vfmaq_n_f32(vmulq_n_f32(vld1q_f32(to), corr[r]), vcvtq_f32_s32(acc[r][i]), f[r]));
             }
         }
@@ -175,9 +182,9 @@ void pv_rows(const uint8_t *w, int quads, const int8_t *x, int width, const floa
 
 struct Tier {
     static constexpr float weight_max = 32512.0f;
-    static void dequantize(const pytq_type_info *t, const void *y, float *x, int64_t n) { decode(t, y, x, n); }
+    static void dequantize(const pytq_type_info * t, const void * y, float * x, int64_t n) { decode(t, y, x, n); }
     static vf exp(vf x) { return exp_neg(x); }
-    static vf halves(const uint16_t *p) {
+    static vf halves(const uint16_t * p) {
         float v[16];
         for (int i = 0; i < 16; i += 4) {
             vst1q_f32(v + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + i))));
@@ -187,18 +194,19 @@ struct Tier {
     static vf maximum(vf a, vf b) { return a > b ? a : b; }
     static float max16(vf v) { return hmax(v); }
     static float sum16(vf v) { return hsum(v); }
-    static mask_state mask_of(const uint16_t *m, int n) { return classify(m, n); }
+    static mask_state mask_of(const uint16_t * m, int n) { return classify(m, n); }
     static bool k_integer(const pytq_type_info *) { return true; }
-    static bool v_integer(const pytq_type_info *t) { return t->n_groups == 1; }
-    static int v_width(const pytq_type_info *t) { return t->head_dim; }
+    static bool v_integer(const pytq_type_info * t) { return t->n_groups == 1; }
+    static int v_width(const pytq_type_info * t) { return t->head_dim; }
 
-    static void k_tile(const pytq_type_info *t, const uint8_t *rows, size_t stride, int n, bool, uint8_t *x, float *scale) {
+    static void k_tile(const pytq_type_info * t, const uint8_t * rows, size_t stride, int n, bool, uint8_t * x,
+                       float * scale) {
         int8_t table[PYTQ_MAX_GROUPS][64], level[4][PYTQ_MAX_HEAD_DIM + 64];
         level_tables(t, table);
         const int d = t->head_dim;
         for (int i0 = 0; i0 < ((n + 15) & ~15); i0 += 4) {
             rows_of_levels(t, table, rows, stride, i0, n, 4, level);
-            int8_t *const to = (int8_t *) x + (size_t) i0 * d;
+            int8_t * const to = (int8_t *) x + (size_t) i0 * d;
             for (int c = 0; c < d; c += 16) {
                 int32x4_t r[4];
                 for (int i = 0; i < 4; i++) {
@@ -217,7 +225,8 @@ struct Tier {
         }
     }
 
-    static void v_tile(const pytq_type_info *t, const uint8_t *rows, size_t stride, int n, bool, uint8_t *x, float *scale) {
+    static void v_tile(const pytq_type_info * t, const uint8_t * rows, size_t stride, int n, bool, uint8_t * x,
+                       float * scale) {
         int8_t table[PYTQ_MAX_GROUPS][64], level[4][PYTQ_MAX_HEAD_DIM + 64];
         level_tables(t, table);
         for (int i0 = 0; i0 < n; i0 += 4) {
@@ -227,8 +236,9 @@ struct Tier {
                 const int8x16x2_t b = vzipq_s8(vld1q_s8(level[2] + c), vld1q_s8(level[3] + c));
                 for (int h = 0; h < 2; h++) {
                     const int16x8x2_t q = vzipq_s16(vreinterpretq_s16_s8(a.val[h]), vreinterpretq_s16_s8(b.val[h]));
-                    for (int k = 0; k < 2; k++) {  // 4 coordinates each
-                        vst1q_s8((int8_t *) x + (size_t) (c / 4 + 2 * h + k) * (T * 4) + (size_t) i0 * 4, vreinterpretq_s8_s16(q.val[k]));
+                    for (int k = 0; k < 2; k++) { // 4 coordinates each
+                        vst1q_s8((int8_t *) x + (size_t) (c / 4 + 2 * h + k) * (T * 4) + (size_t) i0 * 4,
+                                 vreinterpretq_s8_s16(q.val[k]));
                     }
                 }
             }
@@ -236,12 +246,12 @@ struct Tier {
         tile_scales(t, 0, rows, stride, n, scale);
     }
 
-    static void split(int32_t v, uint8_t *hi, uint8_t *lo) {
+    static void split(int32_t v, uint8_t * hi, uint8_t * lo) {
         *hi = (uint8_t) ((v + 128) >> 8);
         *lo = (uint8_t) v;
     }
 
-    static void q_row(const pytq_type_info *t, const float *q, float scale, uint8_t *a, float *q_scale, int32_t *) {
+    static void q_row(const pytq_type_info * t, const float * q, float scale, uint8_t * a, float * q_scale, int32_t *) {
         const int d = t->head_dim;
         float m = 0.0f;
         for (int c = 0; c < d; c++) {
@@ -254,28 +264,32 @@ struct Tier {
         }
     }
 
-    static void qk(const pytq_type_info *t, const uint8_t *a, size_t a_row, const float *q_scale, const int32_t *, int nr, int n, const uint8_t *x,
-                   const float *k_scale, float *s) {
+    static void qk(const pytq_type_info * t, const uint8_t * a, size_t a_row, const float * q_scale, const int32_t *,
+                   int nr, int n, const uint8_t * x, const float * k_scale, float * s) {
         int r = 0;
         for (; r + 4 <= nr; r += 4) {
-            qk_rows<4>(t, (const int8_t *) a + r * a_row, a_row, q_scale + r, n, (const int8_t *) x, k_scale, s + r * T);
+            qk_rows<4>(t, (const int8_t *) a + r * a_row, a_row, q_scale + r, n, (const int8_t *) x, k_scale,
+                       s + r * T);
         }
         for (; r < nr; r++) {
-            qk_rows<1>(t, (const int8_t *) a + r * a_row, a_row, q_scale + r, n, (const int8_t *) x, k_scale, s + r * T);
+            qk_rows<1>(t, (const int8_t *) a + r * a_row, a_row, q_scale + r, n, (const int8_t *) x, k_scale,
+                       s + r * T);
         }
     }
 
-    static void store_weights(uint8_t *w, int j, vf v) {
+    static void store_weights(uint8_t * w, int j, vf v) {
         float tmp[16];
         store(tmp, v);
         for (int i = 0; i < 16; i += 8) {
-            const int16x8_t a = vcombine_s16(vmovn_s32(vcvtnq_s32_f32(vld1q_f32(tmp + i))), vmovn_s32(vcvtnq_s32_f32(vld1q_f32(tmp + i + 4))));
+            const int16x8_t a = vcombine_s16(vmovn_s32(vcvtnq_s32_f32(vld1q_f32(tmp + i))),
+                                             vmovn_s32(vcvtnq_s32_f32(vld1q_f32(tmp + i + 4))));
             vst1_s8((int8_t *) w + j + i, vshrn_n_s16(vaddq_s16(a, vdupq_n_s16(128)), 8));
             vst1_s8((int8_t *) w + T + j + i, vmovn_s16(a));
         }
     }
 
-    static void pv(const pytq_type_info *t, const uint8_t *w, int nr, int n, const uint8_t *x, const float *corr, const float *f, float *o) {
+    static void pv(const pytq_type_info * t, const uint8_t * w, int nr, int n, const uint8_t * x, const float * corr,
+                   const float * f, float * o) {
         const int width = t->head_dim, quads = (n + 3) / 4;
         int r = 0;
         for (; r + 4 <= nr; r += 4) {
@@ -286,15 +300,17 @@ struct Tier {
         }
     }
 
-    static void natural_order(const pytq_type_info *, const float *o, int dv, float *out) { memcpy(out, o, (size_t) dv * sizeof(float)); }
+    static void natural_order(const pytq_type_info *, const float * o, int dv, float * out) {
+        memcpy(out, o, (size_t) dv * sizeof(float));
+    }
 };
 
 const pytq_cpu_tier_row row = {"neon", PYTQ_CAP_NEON, encode, decode, run_item<Tier>, run_merge<Tier>};
 
-}  // namespace
+} // namespace
 
 extern "C" {
-const pytq_cpu_tier_row *const pytq_tier_neon = &row;
+const pytq_cpu_tier_row * const pytq_tier_neon = &row;
 }
 
 #if defined(__clang__)
@@ -304,7 +320,7 @@ const pytq_cpu_tier_row *const pytq_tier_neon = &row;
 #else
 
 extern "C" {
-const pytq_cpu_tier_row *const pytq_tier_neon = nullptr;
+const pytq_cpu_tier_row * const pytq_tier_neon = nullptr;
 }
 
 #endif

@@ -1,4 +1,5 @@
-// ggml's side of the attention kernels: turns a FLASH_ATTN_EXT node into a pytq_attn and shares its items among ggml's threads.
+// ggml's side of the attention kernels: turns a FLASH_ATTN_EXT node into a pytq_attn and shares its items among ggml's
+// threads.
 #include "pytq-flash-attn.h"
 
 #include "cpu/attention.h"
@@ -9,50 +10,54 @@
 #include <atomic>
 #include <cstring>
 
-static bool is_pytq(const ggml_tensor * t) { return pytq_type_get((int) t->type) != nullptr; }
+static bool is_pytq(const ggml_tensor * t) {
+    return pytq_type_get((int) t->type) != nullptr;
+}
 
-static void copy_float_row(const void * row, float * out, int64_t n) { memcpy(out, row, (size_t) n * sizeof(float)); }
+static void copy_float_row(const void * row, float * out, int64_t n) {
+    memcpy(out, row, (size_t) n * sizeof(float));
+}
 
 static bool describe_kv(const ggml_tensor * t, pytq_attn_kv * kv) {
-    kv->data      = t->data;
-    kv->nb_token  = t->nb[1];
-    kv->nb_head   = t->nb[2];
+    kv->data = t->data;
+    kv->nb_token = t->nb[1];
+    kv->nb_head = t->nb[2];
     kv->nb_stream = t->nb[3];
-    kv->type      = is_pytq(t) ? (int) t->type : -1;
-    kv->to_float  = t->type == GGML_TYPE_F32 ? copy_float_row : ggml_get_type_traits(t->type)->to_float;
+    kv->type = is_pytq(t) ? (int) t->type : -1;
+    kv->to_float = t->type == GGML_TYPE_F32 ? copy_float_row : ggml_get_type_traits(t->type)->to_float;
     return t->nb[0] == ggml_type_size(t->type);
 }
 
 // false: not for us
 static bool describe(const ggml_tensor * dst, pytq_attn * a) {
-    const ggml_tensor * q     = dst->src[0];
-    const ggml_tensor * k     = dst->src[1];
-    const ggml_tensor * v     = dst->src[2];
-    const ggml_tensor * mask  = dst->src[3];
+    const ggml_tensor * q = dst->src[0];
+    const ggml_tensor * k = dst->src[1];
+    const ggml_tensor * v = dst->src[2];
+    const ggml_tensor * mask = dst->src[3];
     const ggml_tensor * sinks = dst->src[4];
     memset(a, 0, sizeof(*a));
-    a->n_q         = (int) q->ne[1];
-    a->n_kv        = (int) k->ne[1];
-    a->n_head      = (int) q->ne[2];
-    a->n_head_kv   = (int) k->ne[2];
-    a->n_stream    = (int) q->ne[3];
+    a->n_q = (int) q->ne[1];
+    a->n_kv = (int) k->ne[1];
+    a->n_head = (int) q->ne[2];
+    a->n_head_kv = (int) k->ne[2];
+    a->n_stream = (int) q->ne[3];
     a->n_stream_kv = (int) k->ne[3];
-    a->dk          = (int) k->ne[0];
-    a->dv          = (int) v->ne[0];
-    a->q           = (const float *) q->data;
-    a->q_nb_token  = q->nb[1];
-    a->q_nb_head   = q->nb[2];
+    a->dk = (int) k->ne[0];
+    a->dv = (int) v->ne[0];
+    a->q = (const float *) q->data;
+    a->q_nb_token = q->nb[1];
+    a->q_nb_head = q->nb[2];
     a->q_nb_stream = q->nb[3];
     if (mask) {
-        a->mask           = (const uint16_t *) mask->data;
-        a->mask_nb_token  = mask->nb[1];
-        a->mask_nb_head   = mask->nb[2];
+        a->mask = (const uint16_t *) mask->data;
+        a->mask_nb_token = mask->nb[1];
+        a->mask_nb_head = mask->nb[2];
         a->mask_nb_stream = mask->nb[3];
-        a->mask_n_head    = (int) mask->ne[2];
-        a->mask_n_stream  = (int) mask->ne[3];
+        a->mask_n_head = (int) mask->ne[2];
+        a->mask_n_stream = (int) mask->ne[3];
     }
     a->sinks = sinks ? (const float *) sinks->data : nullptr;
-    a->dst   = (float *) dst->data;
+    a->dst = (float *) dst->data;
     memcpy(&a->scale, (const float *) dst->op_params + 0, sizeof(float));
     memcpy(&a->max_bias, (const float *) dst->op_params + 1, sizeof(float));
     memcpy(&a->logit_softcap, (const float *) dst->op_params + 2, sizeof(float));
@@ -104,10 +109,10 @@ bool pytq_flash_attn_ext(const ggml_compute_params * params, ggml_tensor * dst) 
     }
     pytq_attn_plan plan;
     pytq_attn_make_plan(&a, params->nth, &plan);
-    char * base    = (char *) params->wdata;
+    char * base = (char *) params->wdata;
     char * aligned = base + (64 - (uintptr_t) base % 64) % 64;
     GGML_ASSERT(params->nth * plan.scratch_bytes + plan.partial_bytes + 64 <= params->wsize);
-    char * scratch  = aligned + params->ith * plan.scratch_bytes;
+    char * scratch = aligned + params->ith * plan.scratch_bytes;
     char * partials = aligned + params->nth * plan.scratch_bytes;
 
     if (params->ith == 0) {

@@ -15,17 +15,17 @@
 #include <mutex>
 #include <stdexcept>
 
-#define PROFILE_ARCH "kvprofile"
+#define PROFILE_ARCH    "kvprofile"
 #define PROFILE_VERSION 1
-#define PROFILE_SUFFIX ".kvprofile.gguf"
-#define EMBEDDED_KEY "pytq.kvprofile"
+#define PROFILE_SUFFIX  ".kvprofile.gguf"
+#define EMBEDDED_KEY    "pytq.kvprofile"
 
 namespace {
 
 // ------------------------------------------------------------------------------------------------ SHA-256 (FIPS 180-4)
 
-// The constants are fractional parts of square and cube roots of primes (FIPS 180-4, sections 4.2.2 and 5.3.3); computing them
-// takes less space than a table and cannot be mistyped.
+// The constants are fractional parts of square and cube roots of primes (FIPS 180-4, sections 4.2.2 and 5.3.3);
+// computing them takes less space than a table and cannot be mistyped.
 struct sha256_constants {
     uint32_t h[8], k[64];
     sha256_constants() {
@@ -68,11 +68,11 @@ class sha256 {
         }
     }
 
-    template <typename T> void add_value(T v) { add(&v, sizeof(v)); }  // little-endian hosts, as ggml itself
+    template <typename T> void add_value(T v) { add(&v, sizeof(v)); } // little-endian hosts, as ggml itself
 
     std::string hex() {
         const uint64_t bits = total * 8;
-        const uint8_t  one  = 0x80, zero = 0;
+        const uint8_t one = 0x80, zero = 0;
         add(&one, 1);
         while (used != 56) {
             add(&zero, 1);
@@ -99,12 +99,13 @@ class sha256 {
     void compress() {
         uint32_t w[64];
         for (int i = 0; i < 16; i++) {
-            w[i] = (uint32_t) block[4 * i] << 24 | (uint32_t) block[4 * i + 1] << 16 | (uint32_t) block[4 * i + 2] << 8 | block[4 * i + 3];
+            w[i] = (uint32_t) block[4 * i] << 24 | (uint32_t) block[4 * i + 1] << 16 |
+                   (uint32_t) block[4 * i + 2] << 8 | block[4 * i + 3];
         }
         for (int i = 16; i < 64; i++) {
             const uint32_t s0 = rot(w[i - 15], 7) ^ rot(w[i - 15], 18) ^ w[i - 15] >> 3;
             const uint32_t s1 = rot(w[i - 2], 17) ^ rot(w[i - 2], 19) ^ w[i - 2] >> 10;
-            w[i]              = w[i - 16] + s0 + w[i - 7] + s1;
+            w[i] = w[i - 16] + s0 + w[i - 7] + s1;
         }
         uint32_t v[8];
         memcpy(v, state, sizeof(v));
@@ -123,8 +124,8 @@ class sha256 {
     }
 
     uint32_t state[8];
-    uint8_t  block[64];
-    size_t   used  = 0;
+    uint8_t block[64];
+    size_t used = 0;
     uint64_t total = 0;
 };
 
@@ -137,20 +138,33 @@ std::string get_str(const gguf_context * g, const char * key) {
 
 size_t element_size(gguf_type t) {
     switch (t) {
-        case GGUF_TYPE_UINT8: case GGUF_TYPE_INT8: case GGUF_TYPE_BOOL: return 1;
-        case GGUF_TYPE_UINT16: case GGUF_TYPE_INT16: return 2;
-        case GGUF_TYPE_UINT32: case GGUF_TYPE_INT32: case GGUF_TYPE_FLOAT32: return 4;
-        case GGUF_TYPE_UINT64: case GGUF_TYPE_INT64: case GGUF_TYPE_FLOAT64: return 8;
-        default: return 0;
+        case GGUF_TYPE_UINT8:
+        case GGUF_TYPE_INT8:
+        case GGUF_TYPE_BOOL:
+            return 1;
+        case GGUF_TYPE_UINT16:
+        case GGUF_TYPE_INT16:
+            return 2;
+        case GGUF_TYPE_UINT32:
+        case GGUF_TYPE_INT32:
+        case GGUF_TYPE_FLOAT32:
+            return 4;
+        case GGUF_TYPE_UINT64:
+        case GGUF_TYPE_INT64:
+        case GGUF_TYPE_FLOAT64:
+            return 8;
+        default:
+            return 0;
     }
 }
 
-// SHA-256 over what makes the model compute what it computes: the architecture's own metadata, every tensor's name, type and
-// shape, and the first and last 256 bytes of every tensor's data. The tokenizer, chat template and descriptions may change.
-// pytq/profile.py computes the same. For a model split into several files this is the first file.
+// SHA-256 over what makes the model compute what it computes: the architecture's own metadata, every tensor's name,
+// type and shape, and the first and last 256 bytes of every tensor's data. The tokenizer, chat template and
+// descriptions may change. pytq/profile.py computes the same. For a model split into several files this is the first
+// file.
 std::string model_fingerprint(const gguf_context * g, FILE * file) {
-    const size_t      sample = 256;
-    sha256            h;
+    const size_t sample = 256;
+    sha256 h;
     const std::string prefix = get_str(g, "general.architecture") + ".";
     for (int64_t i = 0; i < gguf_get_n_kv(g); i++) {
         const std::string key = gguf_get_key(g, i);
@@ -182,10 +196,10 @@ std::string model_fingerprint(const gguf_context * g, FILE * file) {
         for (int k = 0; k < 4; k++) {
             h.add_value((uint64_t) ne[k]);
         }
-        const size_t   size  = gguf_get_tensor_size(g, i);
+        const size_t size = gguf_get_tensor_size(g, i);
         const uint64_t start = gguf_get_data_offset(g) + gguf_get_tensor_offset(g, i);
-        const size_t   n     = size < sample ? size : sample;
-        uint8_t        buf[256];
+        const size_t n = size < sample ? size : sample;
+        uint8_t buf[256];
         for (const uint64_t at : {start, start + size - n}) {
             if (fseeko(file, (off_t) at, SEEK_SET) != 0 || fread(buf, 1, n, file) != n) {
                 throw std::runtime_error("the model file is shorter than its header says");
@@ -196,7 +210,7 @@ std::string model_fingerprint(const gguf_context * g, FILE * file) {
     return h.hex();
 }
 
-std::mutex  global_mutex;
+std::mutex global_mutex;
 std::string chosen_path;
 
 std::map<const llama_model *, std::string> model_paths;
@@ -209,13 +223,15 @@ bool exists(const std::string & path) {
     return f != nullptr;
 }
 
-struct file_closer { void operator()(FILE * f) const { fclose(f); } };
+struct file_closer {
+    void operator()(FILE * f) const { fclose(f); }
+};
 using file_ptr = std::unique_ptr<FILE, file_closer>;
 
-}  // namespace
+} // namespace
 
 struct pytq_profile_data {
-    std::string      source;
+    std::string source;
     gguf_context_ptr gguf;
     ggml_context_ptr tensors;
 
@@ -231,7 +247,8 @@ struct pytq_profile_data {
             }
         }
         if (t->type != GGML_TYPE_F32) {
-            throw std::runtime_error(fail("has tensor " + name + " of type " + ggml_type_name(t->type) + " where f32 is expected"));
+            throw std::runtime_error(
+                fail("has tensor " + name + " of type " + ggml_type_name(t->type) + " where f32 is expected"));
         }
         const float * x = (const float *) t->data;
         for (int64_t i = 0; i < ggml_nelements(t); i++) {
@@ -247,9 +264,9 @@ struct pytq_profile_data {
     // Recommended family of one layer for a flag such as auto3; "" if there is none.
     std::string recommended(const std::string & flag, char kv, uint32_t il) const {
         const std::string key = std::string(PROFILE_ARCH ".types.") + flag + "." + kv;
-        const int64_t     id  = gguf_find_key(gguf.get(), key.c_str());
-        if (id < 0 || gguf_get_kv_type(gguf.get(), id) != GGUF_TYPE_ARRAY || gguf_get_arr_type(gguf.get(), id) != GGUF_TYPE_STRING ||
-            il >= gguf_get_arr_n(gguf.get(), id)) {
+        const int64_t id = gguf_find_key(gguf.get(), key.c_str());
+        if (id < 0 || gguf_get_kv_type(gguf.get(), id) != GGUF_TYPE_ARRAY ||
+            gguf_get_arr_type(gguf.get(), id) != GGUF_TYPE_STRING || il >= gguf_get_arr_n(gguf.get(), id)) {
             return "";
         }
         return gguf_get_arr_str(gguf.get(), id, il);
@@ -260,11 +277,12 @@ struct pytq_profile_data {
 
 namespace {
 
-std::shared_ptr<pytq_profile_data> parse(const std::string & source, const std::function<gguf_context *(gguf_init_params)> & open) {
-    auto           out = std::make_shared<pytq_profile_data>();
+std::shared_ptr<pytq_profile_data> parse(const std::string & source,
+                                         const std::function<gguf_context *(gguf_init_params)> & open) {
+    auto out = std::make_shared<pytq_profile_data>();
     ggml_context * ctx = nullptr;
-    out->source        = source;
-    out->gguf.reset(open({ /*.no_alloc =*/ false, /*.ctx =*/ &ctx }));
+    out->source = source;
+    out->gguf.reset(open({/*.no_alloc =*/false, /*.ctx =*/&ctx}));
     out->tensors.reset(ctx);
     if (!out->gguf || !ctx) {
         throw std::runtime_error(out->fail("is damaged or truncated: make it again with `pytq calibrate`"));
@@ -289,19 +307,21 @@ std::shared_ptr<pytq_profile_data> find_profile(const std::string & model_path) 
     }
     if (path.empty()) {
         const char * env = getenv("PYTQ_KV_PROFILE");
-        path             = env ? env : "";
+        path = env ? env : "";
     }
     if (path == "none") {
         return nullptr;
     }
     if (model_path.empty()) {
         if (!path.empty()) {
-            throw std::runtime_error("kv profile " + path + ": the model was not loaded from a file, so the profile cannot be checked against it");
+            throw std::runtime_error(
+                "kv profile " + path +
+                ": the model was not loaded from a file, so the profile cannot be checked against it");
         }
         return nullptr;
     }
-    gguf_context_ptr model(gguf_init_from_file(model_path.c_str(), { /*.no_alloc =*/ true, /*.ctx =*/ nullptr }));
-    file_ptr         file(fopen(model_path.c_str(), "rb"));
+    gguf_context_ptr model(gguf_init_from_file(model_path.c_str(), {/*.no_alloc =*/true, /*.ctx =*/nullptr}));
+    file_ptr file(fopen(model_path.c_str(), "rb"));
     if (!model || !file) {
         throw std::runtime_error("cannot read " + model_path + " again to look for its kv profile");
     }
@@ -323,7 +343,8 @@ std::shared_ptr<pytq_profile_data> find_profile(const std::string & model_path) 
         if (id < 0) {
             return nullptr;
         }
-        if (gguf_get_kv_type(model.get(), id) != GGUF_TYPE_ARRAY || gguf_get_arr_type(model.get(), id) != GGUF_TYPE_UINT8) {
+        if (gguf_get_kv_type(model.get(), id) != GGUF_TYPE_ARRAY ||
+            gguf_get_arr_type(model.get(), id) != GGUF_TYPE_UINT8) {
             throw std::runtime_error("kv profile embedded in " + model_path + " is damaged");
         }
         out = parse("embedded in " + model_path, [&](gguf_init_params p) {
@@ -331,7 +352,8 @@ std::shared_ptr<pytq_profile_data> find_profile(const std::string & model_path) 
         });
     }
     if (get_str(out->gguf.get(), PROFILE_ARCH ".model.fingerprint") != model_fingerprint(model.get(), file.get())) {
-        throw std::runtime_error(out->fail("was made for another model (" + get_str(out->gguf.get(), PROFILE_ARCH ".model.name") +
+        throw std::runtime_error(out->fail("was made for another model (" +
+                                           get_str(out->gguf.get(), PROFILE_ARCH ".model.name") +
                                            "): run `pytq calibrate` on this one, or pass --kv-profile none"));
     }
     return out;
@@ -355,7 +377,7 @@ std::vector<float> mixing(int n) {
     return m;
 }
 
-}  // namespace
+} // namespace
 
 void pytq_set_kv_profile(const char * path) {
     std::lock_guard<std::mutex> lock(global_mutex);
@@ -372,13 +394,14 @@ void pytq_model_freed(const llama_model * model) {
     model_paths.erase(model);
 }
 
-pytq_kv_policy::pytq_kv_policy(const llama_model * model, ggml_type type_k, ggml_type type_v) : type_k(type_k), type_v(type_v) {
+pytq_kv_policy::pytq_kv_policy(const llama_model * model, ggml_type type_k, ggml_type type_v)
+    : type_k(type_k), type_v(type_v) {
     if (wants_profile(type_k) || wants_profile(type_v)) {
         std::string path;
         {
             std::lock_guard<std::mutex> lock(global_mutex);
             const auto it = model_paths.find(model);
-            path          = it == model_paths.end() ? "" : it->second;
+            path = it == model_paths.end() ? "" : it->second;
         }
         data = find_profile(path);
         if (data) {
@@ -387,27 +410,31 @@ pytq_kv_policy::pytq_kv_policy(const llama_model * model, ggml_type type_k, ggml
     }
 }
 
-ggml_type pytq_kv_policy::layer_type(char kv, uint32_t head_dim, uint32_t n_head_kv, uint32_t il, ggml_backend_buffer_type_t buft) {
-    ggml_type         requested = kv == 'k' ? type_k : type_v;
-    const std::string flag      = ggml_type_name(requested);
+ggml_type pytq_kv_policy::layer_type(char kv, uint32_t head_dim, uint32_t n_head_kv, uint32_t il,
+                                     ggml_backend_buffer_type_t buft) {
+    ggml_type requested = kv == 'k' ? type_k : type_v;
+    const std::string flag = ggml_type_name(requested);
     if (pytq_is_type(requested) && flag.compare(0, 4, "auto") == 0) {
         if (!data) {
-            throw std::runtime_error("cache type " + flag + " needs a kv profile: run `pytq calibrate`, or name one with --kv-profile");
+            throw std::runtime_error("cache type " + flag +
+                                     " needs a kv profile: run `pytq calibrate`, or name one with --kv-profile");
         }
         const std::string family = data->recommended(flag, kv, il);
-        requested                = pytq_cache_type_from_name(family);
+        requested = pytq_cache_type_from_name(family);
         if (family.empty() || requested == GGML_TYPE_COUNT) {
-            throw std::runtime_error(data->fail("recommends no type for layer " + std::to_string(il) + " under " + flag));
+            throw std::runtime_error(
+                data->fail("recommends no type for layer " + std::to_string(il) + " under " + flag));
         }
     }
-    const std::string prefix    = "blk." + std::to_string(il) + ".";
-    const bool        transform = kv == 'k' && data && wants_profile(requested) && data->has(prefix + "kv_k_rot");
+    const std::string prefix = "blk." + std::to_string(il) + ".";
+    const bool transform = kv == 'k' && data && wants_profile(requested) && data->has(prefix + "kv_k_rot");
     if (transform) {
-        wanted.push_back({ il, head_dim, n_head_kv, buft });
+        wanted.push_back({il, head_dim, n_head_kv, buft});
     }
     if (!pytq_is_type(requested)) {
         if (ggml_is_quantized(requested) && head_dim % ggml_blck_size(requested) != 0) {
-            throw std::runtime_error(std::string("cache type ") + ggml_type_name(requested) + " does not fit head_dim " + std::to_string(head_dim));
+            throw std::runtime_error(std::string("cache type ") + ggml_type_name(requested) +
+                                     " does not fit head_dim " + std::to_string(head_dim));
         }
         return requested;
     }
@@ -425,13 +452,14 @@ void pytq_kv_policy::upload() {
         by_buft[ggml_backend_buft_name(w.buft)].push_back(&w);
     }
     for (const auto & [name, list] : by_buft) {
-        ggml_context_ptr ctx(ggml_init({ /*.mem_size =*/ 4 * list.size() * ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true }));
+        ggml_context_ptr ctx(ggml_init(
+            {/*.mem_size =*/4 * list.size() * ggml_tensor_overhead(), /*.mem_buffer =*/nullptr, /*.no_alloc =*/true}));
         for (const pending * w : list) {
             pytq_k_transform & t = transforms[w->il];
-            const int64_t      d = w->head_dim, n = w->n_head_kv;
-            t.rot_k  = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, d, d, n);
-            t.rot_q  = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, d, d, n);
-            t.inv_k  = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, d, d, n);
+            const int64_t d = w->head_dim, n = w->n_head_kv;
+            t.rot_k = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, d, d, n);
+            t.rot_q = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, d, d, n);
+            t.inv_k = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, d, d, n);
             t.centre = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, d, n, 1);
             ggml_format_name(t.rot_k, "kv_k_rot_l%u", w->il);
             ggml_format_name(t.rot_q, "kv_q_rot_l%u", w->il);
@@ -443,18 +471,18 @@ void pytq_kv_policy::upload() {
             throw std::runtime_error(data->fail("does not fit into memory"));
         }
         for (const pending * w : list) {
-            const int64_t         d = w->head_dim, n = w->n_head_kv;
-            const std::string     prefix = "blk." + std::to_string(w->il) + ".";
-            const float *         a      = data->tensor(prefix + "kv_k_rot", { d, d, n });
-            const float *         b      = data->tensor(prefix + "kv_q_rot", { d, d, n });
-            const float *         c      = data->tensor(prefix + "kv_k_mean", { d, n, 1 });
-            const float *         var    = data->tensor(prefix + "kv_q_var", { d, n, 1 });
-            const pytq_type_info * type  = pytq_type_get(w->type);
-            std::vector<float>    ka((size_t) (d * d * n)), qa(ka.size()), inv(ka.size()), centre((size_t) (d * n));
+            const int64_t d = w->head_dim, n = w->n_head_kv;
+            const std::string prefix = "blk." + std::to_string(w->il) + ".";
+            const float * a = data->tensor(prefix + "kv_k_rot", {d, d, n});
+            const float * b = data->tensor(prefix + "kv_q_rot", {d, d, n});
+            const float * c = data->tensor(prefix + "kv_k_mean", {d, n, 1});
+            const float * var = data->tensor(prefix + "kv_q_var", {d, n, 1});
+            const pytq_type_info * type = pytq_type_get(w->type);
+            std::vector<float> ka((size_t) (d * d * n)), qa(ka.size()), inv(ka.size()), centre((size_t) (d * n));
             for (int64_t h = 0; h < n; h++) {
                 int64_t at = 0;
                 for (int g = 0; g < type->n_groups; g++) {
-                    const int                len = type->group_len[g];
+                    const int len = type->group_len[g];
                     const std::vector<float> mix = mixing(len);
                     // The encoder's search weighs all groups alike, so queries get the same mean square in each.
                     double mean = 0;
@@ -463,7 +491,8 @@ void pytq_kv_policy::upload() {
                     }
                     const double s = sqrt(mean / len);
                     if (!(s > 0)) {
-                        throw std::runtime_error(data->fail("has query variances that are not positive in layer " + std::to_string(w->il)));
+                        throw std::runtime_error(
+                            data->fail("has query variances that are not positive in layer " + std::to_string(w->il)));
                     }
                     for (int i = 0; i < len; i++) {
                         for (int64_t col = 0; col < d; col++) {
@@ -504,7 +533,8 @@ const pytq_k_transform * pytq_kv_policy::transform(uint32_t il) const {
     return it == transforms.end() ? nullptr : &it->second;
 }
 
-// x [d, n_head, n] times one matrix per KV head: heads go to dimension 2, where ggml_mul_mat repeats the matrices for grouped queries.
+// x [d, n_head, n] times one matrix per KV head: heads go to dimension 2, where ggml_mul_mat repeats the matrices for
+// grouped queries.
 static ggml_tensor * per_head(ggml_context * ctx, ggml_tensor * m, ggml_tensor * x) {
     ggml_tensor * y = ggml_mul_mat(ctx, m, ggml_permute(ctx, x, 0, 2, 1, 3));
     return ggml_permute(ctx, y, 0, 2, 1, 3);

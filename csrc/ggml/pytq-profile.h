@@ -15,8 +15,9 @@
 #include <string>
 #include <vector>
 
-// Profile file for the contexts made from now on: a path, "none" to run without one, "" for the default (a profile named by
-// the environment variable PYTQ_KV_PROFILE, else beside the model as MODEL.kvprofile.gguf, else embedded in it).
+// Profile file for the contexts made from now on: a path, "none" to run without one, "" for the default (a profile
+// named by the environment variable PYTQ_KV_PROFILE, else beside the model as MODEL.kvprofile.gguf, else embedded in
+// it).
 LLAMA_API void pytq_set_kv_profile(const char * path);
 
 // Which file a model came from ('' if none), told by the loader.
@@ -25,13 +26,13 @@ void pytq_model_freed(const llama_model * model);
 
 // One layer's transform, on that layer's device.
 struct pytq_k_transform {
-    ggml_tensor * rot_k  = nullptr;  // [d, d, n_head_kv] row i of A along ne[0]
-    ggml_tensor * rot_q  = nullptr;  // [d, d, n_head_kv] row i of A^-T
-    ggml_tensor * inv_k  = nullptr;  // [d, d, n_head_kv] A^-1, for context shift
-    ggml_tensor * centre = nullptr;  // [d, n_head_kv, 1] A c
+    ggml_tensor * rot_k = nullptr;  // [d, d, n_head_kv] row i of A along ne[0]
+    ggml_tensor * rot_q = nullptr;  // [d, d, n_head_kv] row i of A^-T
+    ggml_tensor * inv_k = nullptr;  // [d, d, n_head_kv] A^-1, for context shift
+    ggml_tensor * centre = nullptr; // [d, n_head_kv, 1] A c
 };
 
-struct pytq_profile_data;  // a parsed and checked file
+struct pytq_profile_data; // a parsed and checked file
 
 // What one KV cache needs: concrete types and transforms of its layers.
 class pytq_kv_policy {
@@ -50,7 +51,7 @@ class pytq_kv_policy {
     const pytq_k_transform * transform(uint32_t il) const;
 
   private:
-    ggml_type                                type_k, type_v;
+    ggml_type type_k, type_v;
     std::shared_ptr<const pytq_profile_data> data;
 
     struct pending {
@@ -58,8 +59,8 @@ class pytq_kv_policy {
         ggml_backend_buffer_type_t buft;
         ggml_type type = GGML_TYPE_COUNT;
     };
-    std::vector<pending>                                             wanted;
-    std::map<uint32_t, pytq_k_transform>                             transforms;
+    std::vector<pending> wanted;
+    std::map<uint32_t, pytq_k_transform> transforms;
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> buffers;
 };
 
