@@ -1,0 +1,2 @@
+#define PYTQ_K kv3
+#include "pytq-cuda-decode.cuh"

@@ -1,0 +1,469 @@
+// Dispatch of graph nodes with compressed tensors on CUDA.
+//
+//   SET_ROWS, CPY to a type     encoder, one warp per head vector
+//   GET_ROWS, CPY from a type   decoder
+//   FLASH_ATTN_EXT              few query rows and d = 128: integer tensor-core kernel on the blocks themselves;
+//                               otherwise slices of the sequence (PYTQ_CUDA_SLICE tokens, default 16384) are decoded to f16 scratch
+//                               and given to upstream's kernels, so scratch does not grow with the context.
+// Nothing here synchronises or allocates outside ggml's pool, so CUDA graphs keep working.
+#include "pytq-cuda.h"
+
+#include "fattn.cuh"
+#include "pytq-cuda-impl.cuh"
+
+#include "cuda/decode-values.cuh"
+#include "cuda/encode.cuh"
+
+#include <algorithm>
+#include <cstdlib>
+#include <vector>
+
+static bool is_compressed(const ggml_tensor * t) { return t && pytq_is_type(t->type); }
+
+static pytq::layout layout_of(ggml_type type) {
+    const pytq_type_info * t = pytq_type_get(type);
+    pytq::layout l = {};
+    l.d = t->head_dim, l.code = t->code, l.scale_bytes = t->scale, l.n_groups = t->n_groups, l.n_planes = t->n_planes, l.block_bytes = t->block_bytes;
+    for (int g = 0, at = 0; g < 3; g++) {
+        at += t->group_len[g];
+        l.group_end[g] = at, l.group_bits[g] = t->group_bits[g];
+    }
+    for (int p = 0; p < 5; p++) {
+        l.plane_off[p] = t->plane_off[p], l.plane_len[p] = t->plane_len[p];
+    }
+    return l;
+}
+
+// ------------------------------------------------------------------------------------------------ encode
+
+static int64_t encode_items(const pytq::encode_params & p) { return (int64_t) p.blocks_per_row * p.n1 * p.n2 * p.n3; }
+
+// second: further vectors for the same kernel, or null.
+static void encode(ggml_backend_cuda_context & ctx, const pytq::encode_params & p, const pytq::encode_params * second, ggml_type type) {
+    const int64_t n = encode_items(p), n2 = second ? encode_items(*second) : 0;
+    if (n + n2 == 0) {
+        return;
+    }
+    const int warps = n + n2 <= 512 ? 1 : 4;
+    const int64_t first = (n + warps - 1) / warps;
+    const pytq::encode_pair pair = {{p, second ? *second : p}, (int) first};
+    const dim3 grid((unsigned) (first + (n2 + warps - 1) / warps));
+    const int smem = warps * std::max(pytq::encode_warp_bytes(p.l.d), second ? pytq::encode_warp_bytes(second->l.d) : 0);
+#define PYTQ_ENCODE(CODE, B) pytq::encode<CODE, B><<<grid, 32 * warps, smem, ctx.stream()>>>(pair)
+    if (p.l.code == PYTQ_CODE_SCALAR) {
+        switch (p.l.group_bits[0]) {
+            case 2: PYTQ_ENCODE(PYTQ_CODE_SCALAR, 2); break;
+            case 3: PYTQ_ENCODE(PYTQ_CODE_SCALAR, 3); break;
+            case 4: PYTQ_ENCODE(PYTQ_CODE_SCALAR, 4); break;
+            default: GGML_ABORT("no encoder for %s", ggml_type_name(type));
+        }
+    } else if (p.l.n_groups > 1) {
+        PYTQ_ENCODE(PYTQ_CODE_TRELLIS, 0);
+    } else {
+        switch (p.l.group_bits[0]) {
+            case 2: PYTQ_ENCODE(PYTQ_CODE_TRELLIS, 2); break;
+            case 3: PYTQ_ENCODE(PYTQ_CODE_TRELLIS, 3); break;
+            case 4: PYTQ_ENCODE(PYTQ_CODE_TRELLIS, 4); break;
+            case 5: PYTQ_ENCODE(PYTQ_CODE_TRELLIS, 5); break;
+            default: GGML_ABORT("no encoder for %s", ggml_type_name(type));
+        }
+    }
+#undef PYTQ_ENCODE
+    CUDA_CHECK(cudaGetLastError());
+}
+
+static pytq::encode_params encode_from(const ggml_tensor * src, const ggml_tensor * dst) {
+    pytq::encode_params p = {};
+    p.src = (const char *) src->data, p.dst = (char *) dst->data;
+    p.src_nb1 = src->nb[1], p.src_nb2 = src->nb[2], p.src_nb3 = src->nb[3];
+    p.dst_nb1 = dst->nb[1], p.dst_nb2 = dst->nb[2], p.dst_nb3 = dst->nb[3];
+    p.n1 = (int) src->ne[1], p.n2 = (int) src->ne[2], p.n3 = (int) src->ne[3];
+    p.ne11 = p.ne12 = 1;
+    p.blocks_per_row = (int) (src->ne[0] / ggml_blck_size(dst->type));
+    p.l = layout_of(dst->type);
+    return p;
+}
+
+static pytq::encode_params set_rows_params(const ggml_tensor * dst) {
+    const ggml_tensor * rows = dst->src[1];
+    pytq::encode_params p = encode_from(dst->src[0], dst);
+    p.rows = (const char *) rows->data;
+    p.row_bytes = rows->type == GGML_TYPE_I64 ? 8 : 4;
+    p.rows_nb0 = rows->nb[0], p.rows_nb1 = rows->nb[1], p.rows_nb2 = rows->nb[2];
+    p.ne11 = (int) rows->ne[1], p.ne12 = (int) rows->ne[2];
+    return p;
+}
+
+static void set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) { encode(ctx, set_rows_params(dst), nullptr, dst->type); }
+
+static bool is_noop(const ggml_tensor * t) {
+    return t->op == GGML_OP_NONE || t->op == GGML_OP_RESHAPE || t->op == GGML_OP_VIEW || t->op == GGML_OP_PERMUTE || t->op == GGML_OP_TRANSPOSE;
+}
+
+int pytq_cuda_try_fuse(ggml_backend_cuda_context & ctx, ggml_tensor * const * nodes, int n_nodes) {
+    const ggml_tensor * a = nodes[0];
+    if (a->op != GGML_OP_SET_ROWS || !is_compressed(a)) {
+        return 0;
+    }
+    int j = 1;
+    while (j < n_nodes && is_noop(nodes[j])) {
+        j++;
+    }
+    const ggml_tensor * b = j < n_nodes ? nodes[j] : nullptr;
+    if (!b || b->op != GGML_OP_SET_ROWS || !is_compressed(b) || !(b->flags & GGML_TENSOR_FLAG_COMPUTE) || b->data == a->data) {
+        return 0;
+    }
+    const pytq::encode_params pa = set_rows_params(a), pb = set_rows_params(b);
+    const bool same = pa.l.code == pb.l.code && (pa.l.n_groups > 1) == (pb.l.n_groups > 1) && (pa.l.n_groups > 1 || pa.l.group_bits[0] == pb.l.group_bits[0]);
+    if (!same) {
+        return 0;
+    }
+    encode(ctx, pa, &pb, a->type);
+    return j;
+}
+
+// ------------------------------------------------------------------------------------------------ decode
+
+static void decode(ggml_backend_cuda_context & ctx, pytq::values_params & p, ggml_type from, ggml_type to) {
+    p.l = layout_of(from);
+    const int64_t n = (int64_t) p.l.d / 8 * p.blocks_per_row * p.n1 * p.n2 * p.n3;
+    if (n == 0) {
+        return;
+    }
+    const unsigned grid = (unsigned) std::min<int64_t>((n + 255) / 256, 132 * 16);
+#define PYTQ_DECODE(CODE, T) pytq::decode_values<CODE, T><<<grid, 256, 0, ctx.stream()>>>(p)
+    if (p.l.code == PYTQ_CODE_TRELLIS) {
+        to == GGML_TYPE_F16 ? PYTQ_DECODE(PYTQ_CODE_TRELLIS, __half) : PYTQ_DECODE(PYTQ_CODE_TRELLIS, float);
+    } else {
+        to == GGML_TYPE_F16 ? PYTQ_DECODE(PYTQ_CODE_SCALAR, __half) : PYTQ_DECODE(PYTQ_CODE_SCALAR, float);
+    }
+#undef PYTQ_DECODE
+    CUDA_CHECK(cudaGetLastError());
+}
+
+static void get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    const ggml_tensor * src  = dst->src[0];
+    const ggml_tensor * rows = dst->src[1];
+    pytq::values_params p = {};
+    p.src = (const char *) src->data, p.rows = (const char *) rows->data, p.dst = (char *) dst->data;
+    p.src_nb1 = src->nb[1], p.src_nb2 = src->nb[2], p.src_nb3 = src->nb[3];
+    p.rows_nb0 = rows->nb[0], p.rows_nb1 = rows->nb[1], p.rows_nb2 = rows->nb[2];
+    p.dst_nb1 = dst->nb[1], p.dst_nb2 = dst->nb[2], p.dst_nb3 = dst->nb[3];
+    p.n1 = (int) rows->ne[0], p.n2 = (int) rows->ne[1], p.n3 = (int) rows->ne[2];
+    p.blocks_per_row = (int) (src->ne[0] / ggml_blck_size(src->type));
+    decode(ctx, p, src->type, dst->type);
+}
+
+static void copy(ggml_backend_cuda_context & ctx, ggml_tensor * node) {
+    const ggml_tensor * src = node->src[0];
+    const ggml_tensor * dst = node->src[1];
+    if (is_compressed(dst)) {
+        encode(ctx, encode_from(src, dst), nullptr, dst->type);
+        return;
+    }
+    pytq::values_params p = {};
+    p.src = (const char *) src->data, p.dst = (char *) dst->data;
+    p.src_nb1 = src->nb[1], p.src_nb2 = src->nb[2], p.src_nb3 = src->nb[3];
+    p.dst_nb1 = dst->nb[1], p.dst_nb2 = dst->nb[2], p.dst_nb3 = dst->nb[3];
+    p.n1 = (int) src->ne[1], p.n2 = (int) src->ne[2], p.n3 = (int) src->ne[3];
+    p.blocks_per_row = (int) (src->ne[0] / ggml_blck_size(src->type));
+    decode(ctx, p, src->type, dst->type);
+}
+
+// ------------------------------------------------------------------------------------------------ attention
+
+static __global__ void q8_0_slice(const char * src, half * dst, int64_t nb1, int64_t nb2, int d, int n_tok, int n_head) {
+    const int64_t i = (int64_t) blockIdx.x * blockDim.x + threadIdx.x;
+    const int c = (int) (i % d), t = (int) (i / d % n_tok), h = (int) (i / d / n_tok);
+    if (h < n_head) {
+        const block_q8_0 * b = (const block_q8_0 *) (src + t * nb1 + h * nb2) + c / QK8_0;
+        dst[i] = __float2half((float) b->d * (float) b->qs[c % QK8_0]);
+    }
+}
+
+template <int ID> static bool slice_fast(ggml_backend_cuda_context & ctx, const pytq::slice_params & p) {
+    using T = pytq::type<ID>;
+    if constexpr (T::n_groups == 1 && T::d % 32 == 0) {
+        const int64_t n = (int64_t) p.n_tok * p.n_head * (T::d / 32);
+        pytq::decode_slice<ID><<<(unsigned) ((n + 255) / 256), 256, 0, ctx.stream()>>>(p);
+        CUDA_CHECK(cudaGetLastError());
+        return true;
+    }
+    return false;
+}
+
+// f16 copy [d, n_tok, n_head] of tokens t0 .. t0 + n_tok of a cache tensor's sequence.
+static void decode_slice(ggml_backend_cuda_context & ctx, const ggml_tensor * t, int64_t t0, int64_t n_tok, int64_t seq, half * out) {
+    const char * src = (const char *) t->data + seq * t->nb[3] + t0 * t->nb[1];
+    const int d = (int) t->ne[0], n_head = (int) t->ne[2];
+    if (t->type == GGML_TYPE_Q8_0) {
+        const int64_t n = n_tok * n_head * d;
+        q8_0_slice<<<(unsigned) ((n + 255) / 256), 256, 0, ctx.stream()>>>(src, out, t->nb[1], t->nb[2], d, (int) n_tok, n_head);
+        CUDA_CHECK(cudaGetLastError());
+        return;
+    }
+    const pytq::slice_params s = {src, out, (long long) t->nb[1], (long long) t->nb[2], (int) n_tok, n_head};
+    bool done = false;
+    switch ((int) t->type) {
+#define PYTQ_TYPE(name, slot, hd, ...)                                                                                         \
+    case PYTQ_TYPE_BASE + PYTQ_FAMILY_STRIDE * PYTQ_FAMILY_INDEX_##name + (slot):                                              \
+        done = slice_fast<PYTQ_TYPE_BASE + PYTQ_FAMILY_STRIDE * PYTQ_FAMILY_INDEX_##name + (slot)>(ctx, s);                    \
+        break;
+#include "types.def"
+    }
+    if (!done) {
+        pytq::values_params p = {};
+        p.src = src, p.dst = (char *) out;
+        p.src_nb1 = t->nb[1], p.src_nb2 = t->nb[2];
+        p.dst_nb1 = 2 * d, p.dst_nb2 = 2 * d * n_tok;
+        p.n1 = (int) n_tok, p.n2 = n_head, p.n3 = 1, p.blocks_per_row = 1;
+        decode(ctx, p, t->type, GGML_TYPE_F16);
+    }
+}
+
+static int64_t slice_tokens() {
+    static const int64_t n = [] {
+        const char * e = getenv("PYTQ_CUDA_SLICE");
+        const long v = e ? atol(e) : 0;
+        return v >= 256 ? (int64_t) v / 256 * 256 : (int64_t) 16384;
+    }();
+    return n;
+}
+
+// The same node over f16 keys and values, as upstream's dispatcher would see it.
+struct f16_view {
+    ggml_tensor k, v, node;
+    f16_view(const ggml_tensor * dst, half * kd, half * vd) : k(*dst->src[1]), v(*dst->src[2]), node(*dst) {
+        for (ggml_tensor * t : {&k, &v}) {
+            t->data = t == &k ? kd : vd;
+            t->view_src = nullptr, t->view_offs = 0, t->op = GGML_OP_NONE;
+            if (t->type == GGML_TYPE_F16) {
+                continue;
+            }
+            t->type = GGML_TYPE_F16;
+            t->nb[0] = 2, t->nb[1] = 2 * t->ne[0], t->nb[2] = t->nb[1] * t->ne[1], t->nb[3] = t->nb[2] * t->ne[2];
+        }
+        node.src[1] = &k, node.src[2] = &v;
+    }
+};
+
+static bool few_rows_kernel(ggml_backend_cuda_context * ctx, ggml_tensor * dst, bool check) {
+    const ggml_tensor * q = dst->src[0];
+    const ggml_tensor * k = dst->src[1];
+    const ggml_tensor * v = dst->src[2];
+    constexpr int64_t max_rows = 48;  // beyond this, decoding to f16 once is cheaper than decoding per 4 rows
+    const int cc = ggml_cuda_info().devices[ctx ? ctx->device : ggml_cuda_get_device()].cc;
+    if (!GGML_CUDA_CC_IS_NVIDIA(cc) || ggml_cuda_highest_compiled_arch(cc) < GGML_CUDA_CC_AMPERE) {
+        return false;
+    }
+    if (k->ne[0] != 128 || v->ne[0] != 128 || q->ne[1] * (q->ne[2] / k->ne[2]) > max_rows || q->nb[1] % 16 || q->nb[2] % 16 || q->nb[3] % 16) {
+        return false;
+    }
+    switch ((int) k->type) {
+#define PYTQ_CASE(name)                                                                                                        \
+    case PYTQ_TYPE_BASE + PYTQ_FAMILY_STRIDE * PYTQ_FAMILY_INDEX_##name + 4: return pytq_cuda_decode_##name(ctx, dst, v->type, check);
+        PYTQ_DECODE_FAMILIES(PYTQ_CASE)
+#undef PYTQ_CASE
+        default: return false;
+    }
+}
+
+static void flash_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    if (few_rows_kernel(&ctx, dst, false)) {
+        return;
+    }
+    const ggml_tensor * q     = dst->src[0];
+    const ggml_tensor * k     = dst->src[1];
+    const ggml_tensor * v     = dst->src[2];
+    const ggml_tensor * mask  = dst->src[3];
+    const ggml_tensor * sinks = dst->src[4];
+    const int64_t d = k->ne[0], n_kv = k->ne[1], n_head_kv = k->ne[2], n_seq = q->ne[3];
+    const int64_t whole = slice_tokens();
+
+    if (n_kv * n_seq <= whole || n_kv <= 256) {
+        ggml_cuda_pool_alloc<half> kh(ctx.pool()), vh(ctx.pool());
+        half * kd = (half *) k->data;
+        half * vd = (half *) v->data;
+        if (k->type != GGML_TYPE_F16) {
+            kd = kh.alloc(d * n_kv * n_head_kv * k->ne[3]);
+            for (int64_t s = 0; s < k->ne[3]; s++) {
+                decode_slice(ctx, k, 0, n_kv, s, kd + s * d * n_kv * n_head_kv);
+            }
+        }
+        if (v->type != GGML_TYPE_F16) {
+            vd = vh.alloc(d * n_kv * n_head_kv * v->ne[3]);
+            for (int64_t s = 0; s < v->ne[3]; s++) {
+                decode_slice(ctx, v, 0, n_kv, s, vd + s * d * n_kv * n_head_kv);
+            }
+        }
+        f16_view f(dst, kd, vd);
+        ggml_cuda_flash_attn_ext(ctx, &f.node);
+        return;
+    }
+
+    // slices of equal length, a multiple of 256 so that upstream's packing of query heads applies to all but the last
+    const int64_t n_slices = (n_kv + whole - 1) / whole;
+    const int64_t len = std::max<int64_t>(512, ((n_kv + n_slices - 1) / n_slices + 255) / 256 * 256);
+    ggml_cuda_pool_alloc<half> kh(ctx.pool()), vh(ctx.pool());
+    // (a short rest joins the slice before it: the kernel would normalise a slice of a single tile)
+    if (k->type != GGML_TYPE_F16) {
+        kh.alloc(d * (len + 256) * n_head_kv);
+    }
+    if (v->type != GGML_TYPE_F16) {
+        vh.alloc(d * (len + 256) * n_head_kv);
+    }
+    ggml_cuda_pool_alloc<float2> state(ctx.pool(), q->ne[1] * q->ne[2]);
+
+    pytq_cuda_slice s = {};
+    memcpy(&s.scale, (const float *) dst->op_params + 0, sizeof(float));
+    memcpy(&s.max_bias, (const float *) dst->op_params + 1, sizeof(float));
+    memcpy(&s.softcap, (const float *) dst->op_params + 2, sizeof(float));
+    s.d = (int) d, s.n_q = (int) q->ne[1], s.n_head = (int) q->ne[2], s.n_head_kv = (int) n_head_kv;
+    s.q_nb1 = (int) q->nb[1], s.q_nb2 = (int) q->nb[2], s.mask_nb1 = mask ? (int) mask->nb[1] : 0;
+    s.sinks = sinks ? (const float *) sinks->data : nullptr;
+    s.state = state.get();
+    bool gqa = mask && s.max_bias == 0.0f && n_kv % 256 == 0;
+    for (const ggml_tensor * t : {q, k, v, mask}) {
+        for (int i = 1; t && (t->type == GGML_TYPE_F16 || t->type == GGML_TYPE_F32) && i < 4; i++) {
+            gqa = gqa && t->nb[i] % 16 == 0;
+        }
+    }
+    s.gqa = gqa;
+    for (int64_t seq = 0; seq < n_seq; seq++) {
+        s.q   = (const char *) q->data + seq * q->nb[3];
+        s.dst = (float *) dst->data + seq * q->ne[1] * q->ne[2] * d;
+        int64_t n_tok = 0;
+        for (int64_t t0 = 0; t0 < n_kv; t0 += n_tok) {
+            n_tok = n_kv - t0 <= len + 256 ? n_kv - t0 : len;
+            s.n_tok = (int) n_tok;
+            if (k->type == GGML_TYPE_F16) {
+                s.k = (const half *) ((const char *) k->data + seq * k->nb[3] + t0 * k->nb[1]), s.k_nb1 = k->nb[1], s.k_nb2 = k->nb[2];
+            } else {
+                decode_slice(ctx, k, t0, n_tok, seq, kh.get());
+                s.k = kh.get(), s.k_nb1 = 2 * d, s.k_nb2 = 2 * d * n_tok;
+            }
+            if (v->type == GGML_TYPE_F16) {
+                s.v = (const half *) ((const char *) v->data + seq * v->nb[3] + t0 * v->nb[1]), s.v_nb1 = v->nb[1], s.v_nb2 = v->nb[2];
+            } else {
+                decode_slice(ctx, v, t0, n_tok, seq, vh.get());
+                s.v = vh.get(), s.v_nb1 = 2 * d, s.v_nb2 = 2 * d * n_tok;
+            }
+            s.mask  = mask ? (const char *) mask->data + (seq % mask->ne[3]) * mask->nb[3] + 2 * t0 : nullptr;
+            s.first = t0 == 0, s.last = t0 + n_tok == n_kv;
+            switch (d) {
+                case  64: pytq_cuda_slice_attention< 64>(ctx, s); break;
+                case  80: pytq_cuda_slice_attention< 80>(ctx, s); break;
+                case  96: pytq_cuda_slice_attention< 96>(ctx, s); break;
+                case 128: pytq_cuda_slice_attention<128>(ctx, s); break;
+                case 256: pytq_cuda_slice_attention<256>(ctx, s); break;
+                default: GGML_ABORT("no slice kernel for head size %d", (int) d);
+            }
+        }
+    }
+}
+
+static bool flash_attn_supported(int device, const ggml_tensor * dst) {
+    const ggml_tensor * q = dst->src[0];
+    const ggml_tensor * k = dst->src[1];
+    const ggml_tensor * v = dst->src[2];
+    const ggml_tensor * mask = dst->src[3];
+    for (const ggml_tensor * t : {k, v}) {
+        if (!(is_compressed(t) && pytq_type_get(t->type)) && t->type != GGML_TYPE_F16 && t->type != GGML_TYPE_Q8_0) {
+            return false;
+        }
+    }
+    if (q->type != GGML_TYPE_F32 || k->ne[0] != v->ne[0] || q->ne[3] != k->ne[3] || (mask && (mask->ne[2] != 1 || mask->type != GGML_TYPE_F16))) {
+        return false;
+    }
+    const int cc = ggml_cuda_info().devices[device].cc;
+    if (!GGML_CUDA_CC_IS_NVIDIA(cc) || ggml_cuda_highest_compiled_arch(cc) < GGML_CUDA_CC_AMPERE) {
+        return false;
+    }
+    float softcap;
+    memcpy(&softcap, (const float *) dst->op_params + 2, sizeof(float));
+    const int64_t d = k->ne[0];
+    const bool slices = (d == 64 || d == 80 || d == 96 || d == 128 || d == 256) && (softcap == 0.0f || d == 128 || d == 256);
+    f16_view f(dst, nullptr, nullptr);
+    return slices && ggml_cuda_flash_attn_ext_supported(device, &f.node);
+}
+
+// ------------------------------------------------------------------------------------------------ dispatch
+
+bool pytq_cuda_supports_op(int device, const ggml_tensor * op, bool * supported) {
+    bool any = is_compressed(op);
+    for (int i = 0; i < GGML_MAX_SRC; i++) {
+        any = any || is_compressed(op->src[i]);
+    }
+    if (!any) {
+        return false;
+    }
+    const ggml_tensor * a = op->src[0];
+    const ggml_tensor * b = op->src[1];
+    switch (op->op) {
+        case GGML_OP_NONE:
+        case GGML_OP_RESHAPE:
+        case GGML_OP_VIEW:
+        case GGML_OP_PERMUTE:
+        case GGML_OP_TRANSPOSE:
+            *supported = true;
+            break;
+        case GGML_OP_SET_ROWS:
+            *supported = pytq_type_get(op->type) && a->type == GGML_TYPE_F32 && a->nb[0] == 4 && (b->type == GGML_TYPE_I64 || b->type == GGML_TYPE_I32);
+            break;
+        case GGML_OP_GET_ROWS:
+            *supported = pytq_type_get(a->type) && op->type == GGML_TYPE_F32 && b->type == GGML_TYPE_I32;
+            break;
+        case GGML_OP_CPY:
+            if (a->type == b->type) {  // upstream copies the bytes
+                *supported = ggml_is_contiguous(a) && ggml_is_contiguous(b);
+            } else if (is_compressed(a)) {
+                *supported = pytq_type_get(a->type) && ggml_are_same_shape(a, b) &&
+                             ((b->type == GGML_TYPE_F32 && b->nb[0] == 4) || (b->type == GGML_TYPE_F16 && b->nb[0] == 2));
+            } else {
+                *supported = pytq_type_get(b->type) && ggml_are_same_shape(a, b) && a->type == GGML_TYPE_F32 && a->nb[0] == 4;
+            }
+            break;
+        case GGML_OP_DUP:
+        case GGML_OP_CONT:
+            *supported = a->type == op->type && ggml_is_contiguous(a);
+            break;
+        case GGML_OP_FLASH_ATTN_EXT:
+            *supported = flash_attn_supported(device, op);
+            break;
+        default:
+            *supported = false;
+    }
+    return true;
+}
+
+bool pytq_cuda_compute(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    switch (dst->op) {
+        case GGML_OP_SET_ROWS:
+            if (is_compressed(dst)) {
+                set_rows(ctx, dst);
+                return true;
+            }
+            return false;
+        case GGML_OP_GET_ROWS:
+            if (is_compressed(dst->src[0])) {
+                get_rows(ctx, dst);
+                return true;
+            }
+            return false;
+        case GGML_OP_CPY:
+            if ((is_compressed(dst->src[0]) || is_compressed(dst->src[1])) && dst->src[0]->type != dst->src[1]->type) {
+                copy(ctx, dst);
+                return true;
+            }
+            return false;
+        case GGML_OP_FLASH_ATTN_EXT:
+            if (is_compressed(dst->src[1]) || is_compressed(dst->src[2])) {
+                ggml_cuda_set_device(ctx.device);
+                flash_attn(ctx, dst);
+                return true;
+            }
+            return false;
+        default:
+            return false;
+    }
+}

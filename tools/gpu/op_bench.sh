@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Builds tools/gpu/op_bench.cu, checks the kernels, runs compute-sanitizer on small sizes and times them.
+# Usage: tools/gpu/op_bench.sh OUTDIR [check|time|sanitize|ncu ...]   (default: check time)
+set -eu
+cd "$(dirname "$0")/../.."
+out=$1
+shift
+[ $# -gt 0 ] || set -- check time
+build=$(mktemp -d)
+gcc -std=c11 -O2 -ffp-contract=off -c csrc/ref/codec.c -o "$build/codec.o" &
+gcc -std=c11 -O2 -c csrc/ref/types.c -o "$build/types.o" &
+nvcc -std=c++17 -O3 -lineinfo -gencode arch=compute_90a,code=sm_90a -c tools/gpu/op_bench.cu -o "$build/op_bench.o"
+wait
+nvcc "$build"/*.o -o "$build/op_bench"
+for mode in "$@"; do
+    case $mode in
+        check) "$build/op_bench" check | tee "$out/op_check.jsonl" ;;
+        time) "$build/op_bench" time | tee "$out/op_time.jsonl" ;;
+        sanitize)
+            for tool in memcheck racecheck; do
+                timeout 150 compute-sanitizer --tool $tool "$build/op_bench" sanitize > "$out/sanitize_$tool.log" 2>&1 || true
+                tail -n 3 "$out/sanitize_$tool.log"
+            done ;;
+        ncu)  # per-instruction stall samples of the decode kernel and of the encoder
+            ncu --clock-control none --kernel-name regex:attention_decode --launch-skip 30 --launch-count 1 --set full --import-source no \
+                -o "$build/a" "$build/op_bench" time 65536 > "$out/ncu.log" 2>&1 || true
+            ncu --clock-control none --kernel-name regex:encode --launch-skip 30 --launch-count 1 --set full --import-source no \
+                -o "$build/e" "$build/op_bench" encode >> "$out/ncu.log" 2>&1 || true
+            for r in a e; do
+                ncu --import "$build/$r.ncu-rep" --page details --print-details all > "$out/ncu_$r.txt" 2>&1 || true
+                ncu --import "$build/$r.ncu-rep" --page source --print-units base --csv > "$out/ncu_$r.csv" 2>&1 || true
+                gzip -f "$out/ncu_$r.csv" || true
+                grep -E "Duration|Executed Ipc Active|Issued Warp Per|stall" "$out/ncu_$r.txt" | head -40 || true
+            done ;;
+    esac
+done
