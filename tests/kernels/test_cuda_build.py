@@ -1,4 +1,4 @@
-"""The CUDA kernels compile for the data-centre target, within their register budget, where nvcc is installed.
+"""The CUDA kernels compile for sm_90a within their register budget, where nvcc is installed.
 
 This checks compilation and resource use only; running them needs a GPU (tools/gpu/op_bench.sh).
 """
@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 NVCC = shutil.which("nvcc")
 
-# Two blocks of 256 threads on a multiprocessor need at most 128 registers a thread; spills would go to memory in the inner loop.
+# Two blocks of 256 threads on a multiprocessor leave 128 registers a thread; spills go to memory.
 MAX_REGISTERS = 128
 MAX_SPILL_BYTES = 64
 
@@ -32,9 +32,9 @@ template __global__ void pytq::decode_slice<{k}>(const pytq::slice_params);
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 @pytest.mark.parametrize(
     ("name", "k", "v", "code", "bits"),
-    [("kv3", 164, 164, 1, 3), ("turbo4", 148, 148, 0, 4), ("kv4/kv2", 172, 156, 1, 4)],
+    [("kv3", 164, 164, 1, 3), ("turbo4", 148, 148, 0, 4)],
 )
-def test_kernels_compile_within_register_budget(tmp_path: Path, name: str, k: int, v: int, code: int, bits: int) -> None:
+def test_kernels_fit(tmp_path: Path, name: str, k: int, v: int, code: int, bits: int) -> None:
     source = tmp_path / "kernels.cu"
     source.write_text(SOURCE.format(k=k, v=v, code=code, bits=bits))
     command = [str(NVCC), "-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", "-Xptxas", "-v"]
