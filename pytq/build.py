@@ -68,6 +68,8 @@ BACKEND_OPTIONS = {
     "hip": ("GGML_HIP=ON", "PYTQ_HIP=ON"),
     "metal": ("GGML_METAL=ON", "PYTQ_METAL=ON"),
 }
+# planned backends: stock llama.cpp builds for them, the patched one is refused
+WITHOUT_KERNELS = ("hip", "metal")
 # never compiled here, so not unpacked: vocabularies for upstream's own tests (76 MB)
 SKIPPED = ("models/",)
 # directories of csrc/ that a backend does not compile
@@ -232,6 +234,11 @@ def build(
         raise PytqError(f"unknown build kind {kind!r}: stock or patched")
     if backend not in paths.BACKENDS:
         raise PytqError(f"unknown backend {backend!r}: one of {', '.join(paths.BACKENDS)}")
+    if kind == "patched" and backend in WITHOUT_KERNELS:
+        raise PytqError(
+            f"pytq has no {backend} kernels yet, so a patched {backend} build would run attention on the CPU: "
+            "use --backend cpu or cuda"
+        )
     if jobs is not None and jobs < 1:
         raise PytqError(f"--jobs {jobs}: at least 1")
     if source is not None and not (source / "CMakeLists.txt").is_file():
