@@ -45,7 +45,9 @@ lint: venv
 	$(BIN)/mypy
 	@files=$$(git ls-files 'csrc/*.c' 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh'); \
 	  test -z "$$files" || $(BIN)/clang-format --dry-run --Werror $$files
-	@if test -f tools/patches.py; then $(BIN)/python tools/patches.py check; fi
+	$(BIN)/python tools/patches.py check
+	$(BIN)/python tools/gen_help.py --check
+	$(BIN)/python tools/gen_golden.py --check
 
 format: venv
 	$(BIN)/ruff check --fix .
