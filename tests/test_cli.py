@@ -51,7 +51,7 @@ def test_version() -> None:
 def test_types_agree_with_the_table() -> None:
     data = {row["name"]: row for row in json.loads(CliRunner().invoke(main, ["types", "--json"]).stdout)}
     concrete = [row for row in load_types() if not row.family.endswith("s")]
-    assert len(concrete) == 36
+    assert len(concrete) == 42
     for row in concrete:
         shown = data[row.family]
         assert shown["block_bytes"][str(row.head_dim)] == row.block_bytes
@@ -62,6 +62,7 @@ def test_types_agree_with_the_table() -> None:
     assert data["f16"]["bits_per_value"]["80"] == 16
     assert "80" not in data["q8_0"]["bits_per_value"]
     assert not [name for name in data if name.endswith("s")]
+    assert data["auto3"]["source"] == "profile" and not data["auto3"]["bits_per_value"]
 
 
 def test_types_table_shows_every_type() -> None:

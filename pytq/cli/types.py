@@ -8,13 +8,15 @@ from typing import Any
 import click
 
 from pytq import estimate
+from pytq.codec.table import profile_flags
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 # which code attends over a cache of the type: (stock types, types ggml has but stock refuses as a cache, pytq's)
 KERNELS = {
     "stock": {"cpu": "ggml flash attention"},
     "ggml": {"cpu": "ggml flash attention, patched build only"},
-    "pytq": {"cpu": "pytq flash attention"},
+    "pytq": {"cpu": "pytq flash attention", "cuda": "pytq flash attention; head_dim 192 refused"},
+    "profile": {"cpu": "those of the types that the profile chooses"},
 }
 
 
@@ -25,6 +27,8 @@ def rows() -> list[dict[str, Any]]:
     for name in estimate.known_types():
         if name in table:
             group = "pytq"
+        elif name in profile_flags():
+            group = "profile"
         else:
             group = "ggml" if estimate.is_pytq(name) else "stock"
         dims = [d for d in HEAD_DIMS if _fits(name, d)]
@@ -34,11 +38,11 @@ def rows() -> list[dict[str, Any]]:
                 "source": group,
                 "bits_per_value": {str(d): estimate.bits_per_value(name, d) for d in dims},
                 "block_bytes": (
-                    {str(d): table[name][d] for d in dims}
-                    if group == "pytq"
-                    else estimate.STOCK_TYPES[name][1]
+                    estimate.STOCK_TYPES[name][1]
+                    if name in estimate.STOCK_TYPES
+                    else {str(d): table[name][d] for d in dims}
                 ),
-                "block_values": "head_dim" if group == "pytq" else estimate.STOCK_TYPES[name][0],
+                "block_values": estimate.STOCK_TYPES[name][0] if name in estimate.STOCK_TYPES else "head_dim",
                 "backends": sorted(KERNELS[group]),
                 "kernel": KERNELS[group],
             }
@@ -48,6 +52,8 @@ def rows() -> list[dict[str, Any]]:
 
 def _fits(name: str, head_dim: int) -> bool:
     table = estimate.pytq_types()
+    if name in profile_flags():
+        return False
     if name in table:
         return head_dim in table[name]
     return head_dim % estimate.STOCK_TYPES[name][0] == 0
@@ -73,7 +79,7 @@ def command(as_json: bool) -> None:
         table.add_row(
             row["name"],
             *("-" if b is None else f"{b:.4g}" for b in bits),
-            str(block["128"]) if isinstance(block, dict) else f"{block} per {row['block_values']}",
+            str(block.get("128", "-")) if isinstance(block, dict) else f"{block} per {row['block_values']}",
             "; ".join(f"{backend}: {kernel}" for backend, kernel in row["kernel"].items()),
         )
     Console(width=None if Console().is_terminal else 130).print(table)
