@@ -392,7 +392,13 @@ def test_an_interrupted_build_leaves_nothing_and_goes_on(
         "build.NEED_BYTES['cpu'] = 1\n"
         f"main(['build', '--stock', '--source', {str(tree)!r}], prog_name='pytq')"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell that started the tests in the background made this process ignore Ctrl-C, which a child inherits
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # type: ignore[arg-type, return-value]
+    )
     try:
         wait_until(lambda: waiting(flag) != [], 60)
         process.send_signal(number)

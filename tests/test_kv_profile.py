@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -105,7 +106,11 @@ def test_gguf_tools_read_it(pair: tuple[Path, Path]) -> None:
     assert reader.fields["general.architecture"].contents() == "kvprofile"
     names = {t.name: t for t in reader.tensors}
     assert list(names["blk.0.kv_k_rot"].shape) == [D, D, HEADS]
-    dump = subprocess.run(["gguf-dump", "--no-tensors", str(pair[1])], capture_output=True, text=True)
+    dump = subprocess.run(
+        [str(Path(sys.executable).with_name("gguf-dump")), "--no-tensors", str(pair[1])],
+        capture_output=True,
+        text=True,
+    )
     assert dump.returncode == 0 and "kvprofile.model.fingerprint" in dump.stdout
 
 

@@ -92,7 +92,7 @@ def cli(*args: object) -> tuple[int, str, str]:
         (["-np", "-2"], "--parallel must be a positive number"),
         (["--port", "0"], "between 1 and 65535"),
         (["--port", "70000"], "between 1 and 65535"),
-        (["-ctk", "kv5"], "unknown cache type 'kv5'"),
+        (["-ctk", "kv9"], "unknown cache type 'kv9'"),
         (["-fa", "off"], "flash attention is always on"),
         (["--host", "no.such.host.invalid"], "is unknown"),
     ],
