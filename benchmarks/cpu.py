@@ -91,13 +91,13 @@ def report(path: str) -> None:
     for text in Path(path).read_text().splitlines():
         r = json.loads(text)
         rows[r["model"], r["test"]][r["build"], r["types"]].extend(r["tok_s"])
-    print("| model | test | build | cache K/V | tokens/s (median) | samples | against stock f16 |")
-    print("|---|---|---|---|---|---|---|")
+    print("| model | test | build | cache K/V | tokens/s (median) | samples | median against stock f16 | best against best |")
+    print("|---|---|---|---|---|---|---|---|")
     for (model, test), configs in sorted(rows.items()):
-        base = statistics.median(configs["stock", "f16"]) if ("stock", "f16") in configs else None
+        base = configs.get(("stock", "f16"))
         for (build, types), v in sorted(configs.items(), key=lambda x: (x[0][0] != "stock", x[0])):
             m = statistics.median(v)
-            ratio = f"{m / base:.2f}" if base else ""
+            ratio = f"{m / statistics.median(base):.2f} | {max(v) / max(base):.2f}" if base else " | "
             print(f"| {model} | {test} | {build} | {types} | {m:.1f} | {len(v)} | {ratio} |")
 
 
