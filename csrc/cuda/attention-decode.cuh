@@ -1,23 +1,24 @@
 // Attention of a few query rows over a compressed cache: int8 tensor cores straight from bit planes.
 //
 //   grid   (splits of the sequence, KV head groups x row tiles, sequences)
-//   block  one warp per (KV head of the group, 64-token slice of the tile); two shared-memory stages of whole cache rows
-//   tile   64 tokens per warp:
+//   block  one warp per (KV head of the group, 64-token slice of the tile); two shared-memory stages of whole cache
+//   rows tile   64 tokens per warp:
 //            logits   S[token, row] = K[token, dim] q[dim, row]      m16n8k32, K is the A operand
 //            softmax  on the accumulators, every (token, row) once in the warp
 //            output   O[dim, row]  += V[dim, token] P[token, row]    m16n8k16, V transposed is the A operand
 //
-// A warp's 8 columns are 4 query rows twice: the high and the low byte of a 16-bit fixed-point q (and P), so the integer
-// product costs no accuracy that could be seen next to the cache's own error. P is scaled per 64 tokens by its largest
-// value times V's scale, so small weights beside an attention sink keep 16 bits of their own.
+// A warp's 8 columns are 4 query rows twice: the high and the low byte of a 16-bit fixed-point q (and P), so the
+// integer product costs no accuracy that could be seen next to the cache's own error. P is scaled per 64 tokens by its
+// largest value times V's scale, so small weights beside an attention sink keep 16 bits of their own.
 //
-// K: lane (g, j) of an A fragment owns rows g and g + 8 and 4 consecutive k per register. Since q may be permuted like K,
-// lane j takes coordinates 32 j .. 32 j + 31 of its two tokens: one word per bit plane, decoded in registers.
-// V: lane (g, j) owns dims of row g and g + 8 and 4 tokens per register: it decodes 16 coordinates (half words) of 4 tokens
-// and interleaves the tokens' bits by nibbles before the look-up, so one permute yields 4 tokens of one coordinate.
+// K: lane (g, j) of an A fragment owns rows g and g + 8 and 4 consecutive k per register. Since q may be permuted like
+// K, lane j takes coordinates 32 j .. 32 j + 31 of its two tokens: one word per bit plane, decoded in registers. V:
+// lane (g, j) owns dims of row g and g + 8 and 4 tokens per register: it decodes 16 coordinates (half words) of 4
+// tokens and interleaves the tokens' bits by nibbles before the look-up, so one permute yields 4 tokens of one
+// coordinate.
 //
-// Integer operations per value (kv3): K 2.1, V 2.7. An H100 has 132 x 64 integer lanes: 65536 tokens x 8 heads x 128 x 2 values need
-// about 22 us of a layer; reading them needs 17 us.
+// Integer operations per value (kv3): K 2.1, V 2.7. An H100 has 132 x 64 integer lanes: 65536 tokens x 8 heads x 128 x
+// 2 values need about 22 us of a layer; reading them needs 17 us.
 #pragma once
 
 #include "device.cuh"
@@ -25,21 +26,21 @@
 namespace pytq {
 
 struct decode_params {
-    const char * q;      // f32 [d, n_q, n_head, n_seq]
-    const char * k;      // blocks [n_kv, n_head_kv, n_seq]
+    const char * q; // f32 [d, n_q, n_head, n_seq]
+    const char * k; // blocks [n_kv, n_head_kv, n_seq]
     const char * v;
-    const char * mask;   // f16 [n_kv, n_q, 1, n_seq_mask] or null
-    float * part;        // unnormalised outputs [seq][head_kv][row][part][d]
-    float2 * meta;       // (reference exponent, sum) [seq][head_kv][row][part]
+    const char * mask; // f16 [n_kv, n_q, 1, n_seq_mask] or null
+    float * part;      // unnormalised outputs [seq][head_kv][row][part][d]
+    float2 * meta;     // (reference exponent, sum) [seq][head_kv][row][part]
     long long q_nb1, q_nb2, q_nb3, k_nb1, k_nb2, k_nb3, v_nb1, v_nb2, v_nb3, mask_nb1, mask_nb3;
     int n_kv, n_q, n_head_kv, gqa, n_rows, n_seq_mask;
     int heads_per_block, warps_per_head, n_splits, n_parts, row_tiles;
-    int k_slot, v_slot;  // bytes between tokens in shared memory; equal to nb1 when rows are copied as one range
+    int k_slot, v_slot; // bytes between tokens in shared memory; equal to nb1 when rows are copied as one range
     float scale, softcap, max_bias, m0, m1;
     int n_head_log2;
 };
 
-constexpr int decode_tile = 64;  // tokens per warp and tile
+constexpr int decode_tile = 64; // tokens per warp and tile
 
 // Bytes between tokens in shared memory for blocks of one head group; contiguous rows are copied as they are.
 inline int decode_slot_bytes(long long nb1, int segment) {
@@ -50,11 +51,14 @@ inline int decode_slot_bytes(long long nb1, int segment) {
     return need + (int) (((nb1 - need) % 16 + 16) % 16);
 }
 
-PYTQ_HD inline int decode_stage_bytes(int slot, int tokens) { return (slot * tokens + 64 + 15) / 16 * 16; }
+PYTQ_HD inline int decode_stage_bytes(int slot, int tokens) {
+    return (slot * tokens + 64 + 15) / 16 * 16;
+}
 
 // Dynamic shared memory of a block.
 inline int decode_shared_bytes(int k_slot, int v_slot, int warps, int tokens) {
-    return 2 * (decode_stage_bytes(k_slot, tokens) + decode_stage_bytes(v_slot, tokens)) + warps * 8 * 20 * 4 + 2 * 4 * 2 * tokens;
+    return 2 * (decode_stage_bytes(k_slot, tokens) + decode_stage_bytes(v_slot, tokens)) + warps * 8 * 20 * 4 +
+           2 * 4 * 2 * tokens;
 }
 
 #if !defined(__HIPCC__) && (!defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800)
@@ -79,8 +83,12 @@ PYTQ_DEV void copy16_async(void * dst, const void * src) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t) __cvta_generic_to_shared(dst)), "l"(src));
 }
 
-PYTQ_DEV void copy_commit() { asm volatile("cp.async.commit_group;"); }
-PYTQ_DEV void copy_wait_all() { asm volatile("cp.async.wait_group 0;"); }
+PYTQ_DEV void copy_commit() {
+    asm volatile("cp.async.commit_group;");
+}
+PYTQ_DEV void copy_wait_all() {
+    asm volatile("cp.async.wait_group 0;");
+}
 
 PYTQ_DEV float exp2_fast(float x) {
     float r;
@@ -88,9 +96,10 @@ PYTQ_DEV float exp2_fast(float x) {
     return r;
 }
 
-// Copies the blocks of n_tok tokens (segment bytes each) from src, 16 aligned bytes at a time. Token t's first byte lands at
-// dst + (src & 15) + t * slot.
-PYTQ_DEV void load_tile(char * dst, const char * src, long long nb1, int slot, int segment, int n_tok, int tid, int n_threads) {
+// Copies the blocks of n_tok tokens (segment bytes each) from src, 16 aligned bytes at a time. Token t's first byte
+// lands at dst + (src & 15) + t * slot.
+PYTQ_DEV void load_tile(char * dst, const char * src, long long nb1, int slot, int segment, int n_tok, int tid,
+                        int n_threads) {
     const int lead = (int) ((uintptr_t) src & 15);
     if (slot == nb1) {
         const int chunks = (lead + (n_tok - 1) * slot + segment + 15) >> 4;
@@ -114,8 +123,12 @@ PYTQ_DEV void load_tile(char * dst, const char * src, long long nb1, int slot, i
 // Shared memory is addressed by 32-bit offsets: a pointer rounded down to a word would lose its address space.
 extern __shared__ __align__(16) char decode_smem[];
 
-PYTQ_DEV uint32_t shared_word(int at) { return *(const uint32_t *) (decode_smem + at); }
-PYTQ_DEV uint32_t shared_byte(int at) { return *(const uint8_t *) (decode_smem + at); }
+PYTQ_DEV uint32_t shared_word(int at) {
+    return *(const uint32_t *) (decode_smem + at);
+}
+PYTQ_DEV uint32_t shared_byte(int at) {
+    return *(const uint8_t *) (decode_smem + at);
+}
 
 // Scale of the block at this offset.
 template <class T> PYTQ_DEV float block_scale(int at) {
@@ -138,7 +151,7 @@ template <class T> PYTQ_DEV float block_log2_scale(int at) {
 
 // 32 consecutive bits at any byte offset, for each plane of a type with d = 128.
 template <class T> PYTQ_DEV void load_planes(int at, uint32_t plane[T::bits]) {
-    const uint32_t s = (uint32_t) at << 3;  // the shift counts modulo 32
+    const uint32_t s = (uint32_t) at << 3; // the shift counts modulo 32
     const int w = at & ~3;
 #pragma unroll
     for (int p = 0; p < T::bits; p++) {
@@ -155,7 +168,7 @@ __global__ void __launch_bounds__(256, 2) attention_decode(const decode_params p
     static_assert(D == 128 && V::d == D && K::n_groups == 1 && V::n_groups == 1, "one group of 128 coordinates");
     constexpr int KB = K::bits, VB = V::bits;
     constexpr int KI = index_bits(K::code, KB), VI = index_bits(V::code, VB);
-    constexpr float LOG2E = 1.44269504f, MAGIC = 12582912.0f;  // 1.5 * 2^23: int32 sums below 2^22 read as floats
+    constexpr float LOG2E = 1.44269504f, MAGIC = 12582912.0f; // 1.5 * 2^23: int32 sums below 2^22 read as floats
     constexpr int MAGIC_BITS = 0x4b400000;
 
     char * const smem = decode_smem;
@@ -171,7 +184,8 @@ __global__ void __launch_bounds__(256, 2) attention_decode(const decode_params p
     const int k_seg = (int) ((p.heads_per_block - 1) * p.k_nb2) + K::block_bytes;
     const int v_seg = (int) ((p.heads_per_block - 1) * p.v_nb2) + V::block_bytes;
     const int k_stage = decode_stage_bytes(p.k_slot, tile_tokens), v_stage = decode_stage_bytes(p.v_slot, tile_tokens);
-    uint32_t * const weights = (uint32_t *) (smem + 2 * (k_stage + v_stage) + warp * (8 * 20 * 4));  // P of this warp: [column][slot of 4 tokens]
+    uint32_t * const weights = (uint32_t *) (smem + 2 * (k_stage + v_stage) +
+                                             warp * (8 * 20 * 4)); // P of this warp: [column][slot of 4 tokens]
 
     const char * const k_base = p.k + seq * p.k_nb3 + (long long) group * p.heads_per_block * p.k_nb2;
     const char * const v_base = p.v + seq * p.v_nb3 + (long long) group * p.heads_per_block * p.v_nb2;
@@ -183,7 +197,8 @@ __global__ void __launch_bounds__(256, 2) attention_decode(const decode_params p
 
     // Mask rows of this block's 4 query rows, per stage: [row][token] f16.
     char * const mask_smem = smem + 2 * (k_stage + v_stage) + (n_threads >> 5) * (8 * 20 * 4);
-    const bool mask_aligned = ((uintptr_t) p.mask | (uintptr_t) p.mask_nb1 | (uintptr_t) p.mask_nb3) % 16 == 0 && p.n_kv % 8 == 0;
+    const bool mask_aligned =
+        ((uintptr_t) p.mask | (uintptr_t) p.mask_nb1 | (uintptr_t) p.mask_nb3) % 16 == 0 && p.n_kv % 8 == 0;
     auto load = [&](int tile, int stage) {
         const long long t0 = (long long) tile * tile_tokens;
         const int n_tok = min(tile_tokens, p.n_kv - (int) t0);
@@ -228,7 +243,7 @@ __global__ void __launch_bounds__(256, 2) attention_decode(const decode_params p
 
     // Query: row g & 3 in 16-bit fixed point, its high bytes in columns 0..3, low bytes in 4..7.
     uint32_t qb[8];
-    float row_factor[2];  // of rows 2 (j & 1) + {0, 1}: logits in units of log2
+    float row_factor[2]; // of rows 2 (j & 1) + {0, 1}: logits in units of log2
     float slope[2];
     {
         float m = 0.0f;
@@ -257,7 +272,8 @@ __global__ void __launch_bounds__(256, 2) attention_decode(const decode_params p
                 qb[2 * s + h] = w;
             }
         }
-        const float f = m * (1.0f / 32512.0f) * p.scale * book<K::code, KB>::step() * (SOFTCAP ? 1.0f / p.softcap : LOG2E);
+        const float f =
+            m * (1.0f / 32512.0f) * p.scale * book<K::code, KB>::step() * (SOFTCAP ? 1.0f / p.softcap : LOG2E);
 #pragma unroll
         for (int rr = 0; rr < 2; rr++) {
             const int row = 2 * (j & 1) + rr;
@@ -265,7 +281,8 @@ __global__ void __launch_bounds__(256, 2) attention_decode(const decode_params p
             const int rq = min(row0 + row, p.n_rows - 1), head = head_kv * p.gqa + rq % p.gqa;
             slope[rr] = LOG2E;
             if (p.max_bias > 0.0f) {
-                slope[rr] *= head < p.n_head_log2 ? powf(p.m0, (float) (head + 1)) : powf(p.m1, (float) (2 * (head - p.n_head_log2) + 1));
+                slope[rr] *= head < p.n_head_log2 ? powf(p.m0, (float) (head + 1))
+                                                  : powf(p.m1, (float) (2 * (head - p.n_head_log2) + 1));
             }
         }
     }
@@ -300,9 +317,11 @@ __global__ void __launch_bounds__(256, 2) attention_decode(const decode_params p
 
         const int t0 = tile * tile_tokens + slice * decode_tile;
         const int n_valid = p.n_kv - t0;
-        const int kt = stage * (k_stage + v_stage) + (int) ((uintptr_t) (k_base + (long long) tile * tile_tokens * p.k_nb1) & 15) +
+        const int kt = stage * (k_stage + v_stage) +
+                       (int) ((uintptr_t) (k_base + (long long) tile * tile_tokens * p.k_nb1) & 15) +
                        slice * decode_tile * p.k_slot + head_in * (int) p.k_nb2;
-        const int vt = stage * (k_stage + v_stage) + k_stage + (int) ((uintptr_t) (v_base + (long long) tile * tile_tokens * p.v_nb1) & 15) +
+        const int vt = stage * (k_stage + v_stage) + k_stage +
+                       (int) ((uintptr_t) (v_base + (long long) tile * tile_tokens * p.v_nb1) & 15) +
                        slice * decode_tile * p.v_slot + head_in * (int) p.v_nb2;
 
         // Mask of this lane's 4 tokens and 2 rows; tokens past the end count as masked.
@@ -316,7 +335,10 @@ __global__ void __launch_bounds__(256, 2) attention_decode(const decode_params p
             for (int rr = 0; rr < 2; rr++) {
                 float b = -INFINITY;
                 if (t < n_valid) {
-                    b = p.mask ? __half2float(*(const __half *) (mask_tile + 2 * (2 * (j & 1) + rr) * tile_tokens + 2 * t)) * slope[rr] : 0.0f;
+                    b = p.mask ? __half2float(
+                                     *(const __half *) (mask_tile + 2 * (2 * (j & 1) + rr) * tile_tokens + 2 * t)) *
+                                     slope[rr]
+                               : 0.0f;
                 }
                 bias[i][rr] = b;
                 any |= b > -INFINITY;
@@ -349,7 +371,8 @@ __global__ void __launch_bounds__(256, 2) attention_decode(const decode_params p
             for (int s = 0; s < 4; s++) {
                 mma_s8s8_k32(acc, a[0][2 * s], a[1][2 * s], a[0][2 * s + 1], a[1][2 * s + 1], qb[2 * s], qb[2 * s + 1]);
             }
-            // Lanes j < 2 hold the high bytes' products, lanes j >= 2 the low bytes'; afterwards each lane has both for one token.
+            // Lanes j < 2 hold the high bytes' products, lanes j >= 2 the low bytes'; afterwards each lane has both for
+            // one token.
             const float scale = block_scale<K>(kt + token_of(i, j >> 1, g) * p.k_slot);
 #pragma unroll
             for (int rr = 0; rr < 2; rr++) {
@@ -400,8 +423,8 @@ __global__ void __launch_bounds__(256, 2) attention_decode(const decode_params p
             sum[rr] = fmaf(sum[rr], alpha[rr], l);
             const uint32_t w01 = permute(w[0], w[1], 0x5140), w23 = permute(w[2], w[3], 0x5140);
             uint32_t * const dst = weights + (2 * (j & 1) + rr) * 20 + 8 * (j >> 1) + g;
-            dst[0] = permute(w01, w23, 0x7632);       // high bytes
-            dst[4 * 20] = permute(w01, w23, 0x5410);  // low bytes
+            dst[0] = permute(w01, w23, 0x7632);      // high bytes
+            dst[4 * 20] = permute(w01, w23, 0x5410); // low bytes
         }
         __syncwarp();
 
@@ -414,7 +437,7 @@ __global__ void __launch_bounds__(256, 2) attention_decode(const decode_params p
 #pragma unroll
         for (int quarter = 0; quarter < 4; quarter++) {
             const uint32_t b0 = weights[g * 20 + 4 * quarter + j];
-            uint32_t pair[2][VI];  // index planes of tokens (0, 2) and (1, 3): bytes A0 B0 A1 B1
+            uint32_t pair[2][VI]; // index planes of tokens (0, 2) and (1, 3): bytes A0 B0 A1 B1
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 uint32_t win[2][VI];
@@ -436,11 +459,13 @@ __global__ void __launch_bounds__(256, 2) attention_decode(const decode_params p
                 }
             }
 #pragma unroll
-            for (int unit = 0; unit < 2; unit++) {  // low, high nibbles of the bytes: coordinates 4 unit + k and 8 + 4 unit + k
+            for (int unit = 0; unit < 2;
+                 unit++) { // low, high nibbles of the bytes: coordinates 4 unit + k and 8 + 4 unit + k
                 uint32_t index[VI], lev[8];
 #pragma unroll
                 for (int b = 0; b < VI; b++) {
-                    index[b] = unit == 0 ? blend(0x0f0f0f0fu, pair[0][b], pair[1][b] << 4) : blend(0x0f0f0f0fu, pair[0][b] >> 4, pair[1][b]);
+                    index[b] = unit == 0 ? blend(0x0f0f0f0fu, pair[0][b], pair[1][b] << 4)
+                                         : blend(0x0f0f0f0fu, pair[0][b] >> 4, pair[1][b]);
                 }
                 levels32<V::code, VB>(v_table, index, lev);
 #pragma unroll
@@ -484,12 +509,14 @@ __global__ void __launch_bounds__(256, 2) attention_decode(const decode_params p
     }
     const int row = row0 + 2 * (j & 1) + (j >> 1);
     if (row < p.n_rows) {
-        const long long at = (((long long) seq * p.n_head_kv + head_kv) * p.n_rows + row) * p.n_parts + blockIdx.x * p.warps_per_head + slice;
+        const long long at = (((long long) seq * p.n_head_kv + head_kv) * p.n_rows + row) * p.n_parts +
+                             blockIdx.x * p.warps_per_head + slice;
         float4 * const dst = (float4 *) (p.part + at * D + 16 * g);
         constexpr float step = book<V::code, VB>::step();
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            dst[i] = make_float4(out[4 * i] * step, out[4 * i + 1] * step, out[4 * i + 2] * step, out[4 * i + 3] * step);
+            dst[i] =
+                make_float4(out[4 * i] * step, out[4 * i + 1] * step, out[4 * i + 2] * step, out[4 * i + 3] * step);
         }
         if (g == 0) {
             p.meta[at] = make_float2(j < 2 ? top[0] : top[1], j < 2 ? sum[0] : sum[1]);
@@ -499,8 +526,9 @@ __global__ void __launch_bounds__(256, 2) attention_decode(const decode_params p
 
 // Joins the parts of one row: grid (D / 32, rows, head_kv x seq), 256 threads: 8 lanes of 4 dims x 32 groups of parts.
 template <int D>
-__global__ void __launch_bounds__(256) attention_combine(const float * part, const float2 * meta, const float * sinks, char * dst,
-                                                         int n_parts, int n_rows, int n_head_kv, int gqa, int n_q) {
+__global__ void __launch_bounds__(256)
+    attention_combine(const float * part, const float2 * meta, const float * sinks, char * dst, int n_parts, int n_rows,
+                      int n_head_kv, int gqa, int n_q) {
     __shared__ float4 acc_s[32][8];
     __shared__ float sum_s[32];
     __shared__ float top_s[8];
@@ -535,7 +563,8 @@ __global__ void __launch_bounds__(256) attention_combine(const float * part, con
         const float4 v = src[(long long) i * (D / 4)];
         const float f = exp2f(m.x - top);
         sum = fmaf(m.y, f, sum);
-        acc.x = fmaf(v.x, f, acc.x), acc.y = fmaf(v.y, f, acc.y), acc.z = fmaf(v.z, f, acc.z), acc.w = fmaf(v.w, f, acc.w);
+        acc.x = fmaf(v.x, f, acc.x), acc.y = fmaf(v.y, f, acc.y), acc.z = fmaf(v.z, f, acc.z),
+        acc.w = fmaf(v.w, f, acc.w);
     }
     acc_s[sub][quad] = acc;
     if (quad == 0) {
@@ -555,6 +584,6 @@ __global__ void __launch_bounds__(256) attention_combine(const float * part, con
     }
 }
 
-#endif  // PYTQ_HAVE_MMA
+#endif // PYTQ_HAVE_MMA
 
-}  // namespace pytq
+} // namespace pytq

@@ -7,16 +7,20 @@
 namespace pytq {
 
 struct values_params {
-    const char * src;   // blocks [blocks_per_row, n1, n2, n3]
-    const char * rows;  // i32 row numbers [n1, n2, n3] of src, or null: row i comes from row i
-    char * dst;         // [d * blocks_per_row, n1, n2, n3]
+    const char * src;  // blocks [blocks_per_row, n1, n2, n3]
+    const char * rows; // i32 row numbers [n1, n2, n3] of src, or null: row i comes from row i
+    char * dst;        // [d * blocks_per_row, n1, n2, n3]
     long long src_nb1, src_nb2, src_nb3, rows_nb0, rows_nb1, rows_nb2, dst_nb1, dst_nb2, dst_nb3;
     int n1, n2, n3, blocks_per_row;
     layout l;
 };
 
-PYTQ_DEV void store_value(float * at, float v) { *at = v; }
-PYTQ_DEV void store_value(__half * at, float v) { *at = __float2half_rn(v); }
+PYTQ_DEV void store_value(float * at, float v) {
+    *at = v;
+}
+PYTQ_DEV void store_value(__half * at, float v) {
+    *at = __float2half_rn(v);
+}
 
 // Every type; one thread per 8 coordinates. Values are the reference's to the bit in f32.
 template <int CODE, class OUT> __global__ void __launch_bounds__(256) decode_values(const values_params p) {
@@ -30,7 +34,8 @@ template <int CODE, class OUT> __global__ void __launch_bounds__(256) decode_val
     __syncthreads();
     const int per_block = p.l.d / 8;
     const long long n_items = (long long) per_block * p.blocks_per_row * p.n1 * p.n2 * p.n3;
-    for (long long item = (long long) blockIdx.x * blockDim.x + threadIdx.x; item < n_items; item += (long long) gridDim.x * blockDim.x) {
+    for (long long item = (long long) blockIdx.x * blockDim.x + threadIdx.x; item < n_items;
+         item += (long long) gridDim.x * blockDim.x) {
         const int byte = (int) (item % per_block);
         long long rest = item / per_block;
         const int ib = (int) (rest % p.blocks_per_row);
@@ -38,9 +43,12 @@ template <int CODE, class OUT> __global__ void __launch_bounds__(256) decode_val
         const int i1 = (int) (rest % p.n1);
         rest /= p.n1;
         const int i2 = (int) (rest % p.n2), i3 = (int) (rest / p.n2);
-        const long long row = p.rows ? *(const int *) (p.rows + i1 * p.rows_nb0 + i2 * p.rows_nb1 + i3 * p.rows_nb2) : i1;
-        const uint8_t * const block = (const uint8_t *) p.src + row * p.src_nb1 + i2 * p.src_nb2 + i3 * p.src_nb3 + (long long) ib * p.l.block_bytes;
-        OUT * const out = (OUT *) (p.dst + i1 * p.dst_nb1 + i2 * p.dst_nb2 + i3 * p.dst_nb3) + (long long) ib * p.l.d + 8 * byte;
+        const long long row =
+            p.rows ? *(const int *) (p.rows + i1 * p.rows_nb0 + i2 * p.rows_nb1 + i3 * p.rows_nb2) : i1;
+        const uint8_t * const block = (const uint8_t *) p.src + row * p.src_nb1 + i2 * p.src_nb2 + i3 * p.src_nb3 +
+                                      (long long) ib * p.l.block_bytes;
+        OUT * const out =
+            (OUT *) (p.dst + i1 * p.dst_nb1 + i2 * p.dst_nb2 + i3 * p.dst_nb3) + (long long) ib * p.l.d + 8 * byte;
 
         const int grp = (8 * byte >= p.l.group_end[0]) + (p.l.n_groups > 1 && 8 * byte >= p.l.group_end[1]);
         const int bits = p.l.group_bits[grp];
@@ -64,25 +72,26 @@ template <int CODE, class OUT> __global__ void __launch_bounds__(256) decode_val
             const uint32_t z1 = (u ^ u << 5 ^ u << 6) >> 8, z0 = (u << 2 ^ u << 4) >> 8;
 #pragma unroll
             for (int t = 0; t < 8; t++) {
-                const int i = (int) (4 * ((plane[1] >> t & 1u) | (plane[2] >> t & 1u) << 1 | (plane[3] >> t & 1u) << 2 | (plane[4] >> t & 1u) << 3) +
+                const int i = (int) (4 * ((plane[1] >> t & 1u) | (plane[2] >> t & 1u) << 1 | (plane[3] >> t & 1u) << 2 |
+                                          (plane[4] >> t & 1u) << 3) +
                                      2 * (z1 >> t & 1u) + (z0 >> t & 1u));
                 store_value(out + t, __fmul_rn(factor, level[bits][i]));
             }
         } else {
 #pragma unroll
             for (int t = 0; t < 8; t++) {
-                const int i = (int) ((plane[0] >> t & 1u) | (plane[1] >> t & 1u) << 1 | (plane[2] >> t & 1u) << 2 | (plane[3] >> t & 1u) << 3 |
-                                     (plane[4] >> t & 1u) << 4);
+                const int i = (int) ((plane[0] >> t & 1u) | (plane[1] >> t & 1u) << 1 | (plane[2] >> t & 1u) << 2 |
+                                     (plane[3] >> t & 1u) << 3 | (plane[4] >> t & 1u) << 4);
                 store_value(out + t, __fmul_rn(factor, level[bits][i]));
             }
         }
     }
 }
 
-// f16 slice of a type with one group and d a multiple of 32: one thread per 32 coordinates. Output [d, n_tok, n_head], packed.
-// The scale is applied in half precision (error below 2^-10 of a value).
+// f16 slice of a type with one group and d a multiple of 32: one thread per 32 coordinates. Output [d, n_tok, n_head],
+// packed. The scale is applied in half precision (error below 2^-10 of a value).
 struct slice_params {
-    const char * src;  // first token of the slice
+    const char * src; // first token of the slice
     __half * dst;
     long long src_nb1, src_nb2;
     int n_tok, n_head;
@@ -130,11 +139,14 @@ template <int ID> __global__ void __launch_bounds__(256) decode_slice(const slic
         uint32_t r[8];
 #pragma unroll
         for (int n = 0; n < 4; n++) {
-            const uint32_t x = quad[n] ^ 0x80808080u;  // level + 128
+            const uint32_t x = quad[n] ^ 0x80808080u; // level + 128
 #pragma unroll
             for (int k = 0; k < 2; k++) {
-                union { uint32_t u; __half2 h; } v;
-                v.u = permute(x, 0x64646464u, k == 0 ? 0x4140 : 0x4342);  // 1024 + level + 128
+                union {
+                    uint32_t u;
+                    __half2 h;
+                } v;
+                v.u = permute(x, 0x64646464u, k == 0 ? 0x4140 : 0x4342); // 1024 + level + 128
                 v.h = __hfma2(v.h, __float2half2_rn(1.0f / 128.0f), __float2half2_rn(-9.0f));
                 v.h = __hmul2(v.h, factor);
                 r[2 * n + k] = v.u;
@@ -145,4 +157,4 @@ template <int ID> __global__ void __launch_bounds__(256) decode_slice(const slic
     }
 }
 
-}  // namespace pytq
+} // namespace pytq

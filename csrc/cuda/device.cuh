@@ -1,12 +1,13 @@
-// Device-side building blocks shared by the CUDA and HIP kernels: the types table as templates, byte look-ups, bit-plane
-// decoding. No warp size and no architecture is assumed here.
+// Device-side building blocks shared by the CUDA and HIP kernels: the types table as templates, byte look-ups,
+// bit-plane decoding. No warp size and no architecture is assumed here.
 //
 // Decoding 32 values from bit planes (one 32-bit word per plane), counted for the 16-level trellis code (kv3):
 //   subset bits z1, z0 of 32 values      6 shifts and three-input logic operations
-//   planes -> 4-bit selectors           15 (two butterfly stages over 1- and 2-bit fields: words hold every 4th coordinate)
-//   look-up of 32 int8 levels           40 (two byte permutes over 8-entry halves, one permute that merges them, per 4 values)
-// about 1.9 integer operations per value; the order of the values inside the registers is a fixed permutation, which the
-// other operand of the dot product shares, so nothing is ever shuffled back.
+//   planes -> 4-bit selectors           15 (two butterfly stages over 1- and 2-bit fields: words hold every 4th
+//   coordinate) look-up of 32 int8 levels           40 (two byte permutes over 8-entry halves, one permute that merges
+//   them, per 4 values)
+// about 1.9 integer operations per value; the order of the values inside the registers is a fixed permutation, which
+// the other operand of the dot product shares, so nothing is ever shuffled back.
 #pragma once
 
 #include "../layout.h"
@@ -20,7 +21,7 @@
 #endif
 
 #define PYTQ_DEV __device__ __forceinline__
-#define PYTQ_HD __host__ __device__
+#define PYTQ_HD  __host__ __device__
 #if defined(__HIPCC__)
 #define PYTQ_GRID_CONSTANT
 #else
@@ -41,45 +42,49 @@ struct layout {
     int plane_off[5], plane_len[5];
 };
 
-template <int ID> struct type;  // only the rows of types.def exist
+template <int ID> struct type; // only the rows of types.def exist
 
-#define PYTQ_TYPE(name, slot, hd, n0, b0, n1, b1, n2, b2)                                                                      \
-    template <> struct type<PYTQ_TYPE_BASE + PYTQ_FAMILY_STRIDE * PYTQ_FAMILY_INDEX_##name + (slot)> {                         \
-        static constexpr int d = hd, code = code_of_##name, scale_bytes = PYTQ_SCALE_BYTES_##name;                             \
-        static constexpr int n_groups = PYTQ_NG(n1, n2), bits = b0;                                                            \
-        static constexpr int data_off = n_groups * scale_bytes;                                                                \
-        static constexpr int block_bytes = PYTQ_BLOCK_BYTES(scale_bytes, n0, b0, n1, b1, n2, b2);                              \
+#define PYTQ_TYPE(name, slot, hd, n0, b0, n1, b1, n2, b2)                                                              \
+    template <> struct type<PYTQ_TYPE_BASE + PYTQ_FAMILY_STRIDE * PYTQ_FAMILY_INDEX_##name + (slot)> {                 \
+        static constexpr int d = hd, code = code_of_##name, scale_bytes = PYTQ_SCALE_BYTES_##name;                     \
+        static constexpr int n_groups = PYTQ_NG(n1, n2), bits = b0;                                                    \
+        static constexpr int data_off = n_groups * scale_bytes;                                                        \
+        static constexpr int block_bytes = PYTQ_BLOCK_BYTES(scale_bytes, n0, b0, n1, b1, n2, b2);                      \
     };
 #include "../types.def"
 
 // Codebook of a code and a number of bits as constant expressions.
 template <int CODE, int BITS> struct book;
 
-#define PYTQ_CODEBOOK(code_, bits_, n_, step_, ...)                                                                            \
-    template <> struct book<PYTQ_CODE_##code_, bits_> {                                                                        \
-        static constexpr int n_levels = n_;                                                                                    \
-        PYTQ_HD static constexpr float step() { return (float) (step_); }                                                      \
-        PYTQ_HD static constexpr int entry(int i) {                                                                            \
-            constexpr int8_t table[] = {__VA_ARGS__};                                                                          \
-            return i < n_ ? table[i] : 0;                                                                                      \
-        }                                                                                                                      \
-        /* four consecutive levels, lowest in the low byte; a constant even where the compiler would not fold entry() */       \
-        template <int W> static constexpr uint32_t word =                                                                      \
-            (uint32_t) (uint8_t) entry(4 * W) | (uint32_t) (uint8_t) entry(4 * W + 1) << 8 | (uint32_t) (uint8_t) entry(4 * W + 2) << 16 | \
-            (uint32_t) (uint8_t) entry(4 * W + 3) << 24;                                                                       \
-        PYTQ_HD static constexpr int level(int i) { return (int8_t) (pick<0>(i / 4) >> (8 * (i & 3))); }                       \
-        template <int W> PYTQ_HD static constexpr uint32_t pick(int w) {                                                       \
-            if constexpr (4 * W + 4 < n_) {                                                                                    \
-                return w == W ? word<W> : pick<W + 1>(w);                                                                      \
-            } else {                                                                                                           \
-                return word<W>;                                                                                                \
-            }                                                                                                                  \
-        }                                                                                                                      \
+#define PYTQ_CODEBOOK(code_, bits_, n_, step_, ...)                                                                    \
+    template <> struct book<PYTQ_CODE_##code_, bits_> {                                                                \
+        static constexpr int n_levels = n_;                                                                            \
+        PYTQ_HD static constexpr float step() { return (float) (step_); }                                              \
+        PYTQ_HD static constexpr int entry(int i) {                                                                    \
+            constexpr int8_t table[] = {__VA_ARGS__};                                                                  \
+            return i < n_ ? table[i] : 0;                                                                              \
+        }                                                                                                              \
+        /* four consecutive levels, lowest in the low byte; a constant even where the compiler would not fold entry()  \
+         */                                                                                                            \
+        template <int W>                                                                                               \
+        static constexpr uint32_t word =                                                                               \
+            (uint32_t) (uint8_t) entry(4 * W) | (uint32_t) (uint8_t) entry(4 * W + 1) << 8 |                           \
+            (uint32_t) (uint8_t) entry(4 * W + 2) << 16 | (uint32_t) (uint8_t) entry(4 * W + 3) << 24;                 \
+        PYTQ_HD static constexpr int level(int i) { return (int8_t) (pick<0>(i / 4) >> (8 * (i & 3))); }               \
+        template <int W> PYTQ_HD static constexpr uint32_t pick(int w) {                                               \
+            if constexpr (4 * W + 4 < n_) {                                                                            \
+                return w == W ? word<W> : pick<W + 1>(w);                                                              \
+            } else {                                                                                                   \
+                return word<W>;                                                                                        \
+            }                                                                                                          \
+        }                                                                                                              \
     };
 #include "../codebooks.def"
 
 // Bits of a level index: the trellis code's table has twice as many levels as the stored bits address.
-PYTQ_HD constexpr int index_bits(int code, int bits) { return code == PYTQ_CODE_TRELLIS ? bits + 1 : bits; }
+PYTQ_HD constexpr int index_bits(int code, int bits) {
+    return code == PYTQ_CODE_TRELLIS ? bits + 1 : bits;
+}
 
 // ------------------------------------------------------------------------------------------------ bits and bytes
 
@@ -144,12 +149,18 @@ PYTQ_DEV uint32_t shift_pair(uint32_t lo, uint32_t hi, uint32_t s) {
 }
 
 PYTQ_DEV uint32_t as_uint(float x) {
-    union { float f; uint32_t u; } v = {x};
+    union {
+        float f;
+        uint32_t u;
+    } v = {x};
     return v.u;
 }
 
 PYTQ_DEV float as_float(uint32_t x) {
-    union { uint32_t u; float f; } v = {x};
+    union {
+        uint32_t u;
+        float f;
+    } v = {x};
     return v.f;
 }
 
@@ -182,7 +193,8 @@ PYTQ_DEV void selectors(uint32_t a, uint32_t b, uint32_t c, uint32_t w[4]) {
     w[3] = blend(m2, b1 >> 2, d1);
 }
 
-// Nibble n of the result: n & 3, plus 4 where the plane has a 1 at coordinate 4 n + k (selects the upper of two look-ups).
+// Nibble n of the result: n & 3, plus 4 where the plane has a 1 at coordinate 4 n + k (selects the upper of two
+// look-ups).
 template <int K> PYTQ_DEV uint32_t merge_selector(uint32_t plane) {
     const uint32_t s = K < 2 ? plane << (2 - K) : plane >> (K - 2);
     return blend(0x44444444u, s, 0x32103210u);
@@ -202,7 +214,8 @@ template <int CODE, int BITS> struct level_table {
 };
 
 // Levels of four values. sel: 3-bit indices; m[]: merge selectors of the index bits 3, 4, 5.
-template <int CODE, int BITS, int NB, int BASE> PYTQ_DEV uint32_t lookup(const level_table<CODE, BITS> & tab, uint32_t sel, const uint32_t * m) {
+template <int CODE, int BITS, int NB, int BASE>
+PYTQ_DEV uint32_t lookup(const level_table<CODE, BITS> & tab, uint32_t sel, const uint32_t * m) {
     if constexpr (NB <= 3) {
         return permute(tab.even[BASE / 8], book<CODE, BITS>::template word<BASE / 4 + 1>, sel);
     } else {
@@ -213,7 +226,8 @@ template <int CODE, int BITS, int NB, int BASE> PYTQ_DEV uint32_t lookup(const l
 }
 
 // Levels for one selector word: out[0] holds coordinates 4 n + K for n = 0..3, out[1] for n = 4..7.
-template <int CODE, int BITS, int K> PYTQ_DEV void lookup8(const level_table<CODE, BITS> & tab, uint32_t w, const uint32_t * index, uint32_t out[2]) {
+template <int CODE, int BITS, int K>
+PYTQ_DEV void lookup8(const level_table<CODE, BITS> & tab, uint32_t w, const uint32_t * index, uint32_t out[2]) {
     constexpr int NB = index_bits(CODE, BITS);
     uint32_t m[3], mh[3];
 #pragma unroll
@@ -226,7 +240,8 @@ template <int CODE, int BITS, int K> PYTQ_DEV void lookup8(const level_table<COD
 }
 
 // Levels of 32 values given by index planes: out[2 k + h] holds coordinates 4 n + k, n = 4 h .. 4 h + 3.
-template <int CODE, int BITS> PYTQ_DEV void levels32(const level_table<CODE, BITS> & tab, const uint32_t * index, uint32_t out[8]) {
+template <int CODE, int BITS>
+PYTQ_DEV void levels32(const level_table<CODE, BITS> & tab, const uint32_t * index, uint32_t out[8]) {
     constexpr int NB = index_bits(CODE, BITS);
     uint32_t w[4];
     selectors(index[0], NB > 1 ? index[1] : 0u, NB > 2 ? index[2] : 0u, w);
@@ -236,9 +251,10 @@ template <int CODE, int BITS> PYTQ_DEV void levels32(const level_table<CODE, BIT
     lookup8<CODE, BITS, 3>(tab, w[3], index, out + 6);
 }
 
-// Stored planes of 32 coordinates -> index planes. prev: the 32 coded bits before these (0 at the start of a block); without
-// HISTORY they count as 0.
-template <int CODE, int BITS, bool HISTORY> PYTQ_DEV void index_planes(const uint32_t * plane, uint32_t prev, uint32_t * index) {
+// Stored planes of 32 coordinates -> index planes. prev: the 32 coded bits before these (0 at the start of a block);
+// without HISTORY they count as 0.
+template <int CODE, int BITS, bool HISTORY>
+PYTQ_DEV void index_planes(const uint32_t * plane, uint32_t prev, uint32_t * index) {
     if constexpr (CODE == PYTQ_CODE_TRELLIS) {
         const uint32_t u = plane[0];
         if constexpr (HISTORY) {
@@ -260,4 +276,4 @@ template <int CODE, int BITS, bool HISTORY> PYTQ_DEV void index_planes(const uin
     }
 }
 
-}  // namespace pytq
+} // namespace pytq

@@ -3,10 +3,11 @@
 // Sums run in the reference's order (16 lanes, folded by halves), every product and sum is rounded on its own, so
 // -use_fast_math cannot change a byte.
 //
-// Viterbi search in place: 64 path metrics live in 32 lanes x 2 registers. A trellis step joins the states p and p + 32 into
-// 2 p and 2 p + 1; writing the two results where the two operands were makes the state label rotate by one bit per step, so each
-// step exchanges along one fixed bit of the location: a register pair in one step of six, a lane exchange (one shuffle per
-// register) in the others. Following the survivor backwards then only replaces that one bit of the location.
+// Viterbi search in place: 64 path metrics live in 32 lanes x 2 registers. A trellis step joins the states p and p + 32
+// into 2 p and 2 p + 1; writing the two results where the two operands were makes the state label rotate by one bit per
+// step, so each step exchanges along one fixed bit of the location: a register pair in one step of six, a lane exchange
+// (one shuffle per register) in the others. Following the survivor backwards then only replaces that one bit of the
+// location.
 #pragma once
 
 #include "device.cuh"
@@ -14,15 +15,32 @@
 namespace pytq {
 
 #if defined(__HIPCC__)
-PYTQ_DEV uint32_t ballot32(bool b, int half) { return (uint32_t) (__ballot(b) >> half); }
-template <class X> PYTQ_DEV X swap_lanes(X x, int mask) { return __shfl_xor(x, mask, 32); }
-template <class X> PYTQ_DEV X from_lane(X x, int lane) { return __shfl(x, lane, 32); }
-PYTQ_DEV void warp_fence() { __builtin_amdgcn_fence(__ATOMIC_ACQ_REL, "wavefront"); __builtin_amdgcn_wave_barrier(); }
+PYTQ_DEV uint32_t ballot32(bool b, int half) {
+    return (uint32_t) (__ballot(b) >> half);
+}
+template <class X> PYTQ_DEV X swap_lanes(X x, int mask) {
+    return __shfl_xor(x, mask, 32);
+}
+template <class X> PYTQ_DEV X from_lane(X x, int lane) {
+    return __shfl(x, lane, 32);
+}
+PYTQ_DEV void warp_fence() {
+    __builtin_amdgcn_fence(__ATOMIC_ACQ_REL, "wavefront");
+    __builtin_amdgcn_wave_barrier();
+}
 #else
-PYTQ_DEV uint32_t ballot32(bool b, int) { return __ballot_sync(0xffffffffu, b); }
-template <class X> PYTQ_DEV X swap_lanes(X x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
-template <class X> PYTQ_DEV X from_lane(X x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
-PYTQ_DEV void warp_fence() { __syncwarp(); }
+PYTQ_DEV uint32_t ballot32(bool b, int) {
+    return __ballot_sync(0xffffffffu, b);
+}
+template <class X> PYTQ_DEV X swap_lanes(X x, int mask) {
+    return __shfl_xor_sync(0xffffffffu, x, mask);
+}
+template <class X> PYTQ_DEV X from_lane(X x, int lane) {
+    return __shfl_sync(0xffffffffu, x, lane);
+}
+PYTQ_DEV void warp_fence() {
+    __syncwarp();
+}
 #endif
 
 struct encode_params {
@@ -30,7 +48,7 @@ struct encode_params {
     const char * rows; // row numbers [n1, ne11, ne12], 4 or 8 bytes each, or null: row i goes to row i
     char * dst;
     long long src_nb1, src_nb2, src_nb3, rows_nb0, rows_nb1, rows_nb2, dst_nb1, dst_nb2, dst_nb3;
-    int row_bytes;     // 4 or 8
+    int row_bytes; // 4 or 8
     int n1, n2, n3, ne11, ne12, blocks_per_row;
     layout l;
 };
@@ -42,7 +60,9 @@ struct encode_pair {
 };
 
 // Shared memory of one warp in bytes: x, costs, best levels, decisions, output.
-PYTQ_HD inline int encode_warp_bytes(int d) { return d * (4 + 16 + 4 + 8) + 48 + 48 + 288; }
+PYTQ_HD inline int encode_warp_bytes(int d) {
+    return d * (4 + 16 + 4 + 8) + 48 + 48 + 288;
+}
 
 PYTQ_DEV float fold16(float acc) {
     for (int w = 8; w > 0; w /= 2) {
@@ -51,7 +71,8 @@ PYTQ_DEV float fold16(float acc) {
     return acc;
 }
 
-// Sum of a[i] * b[i] in the reference's order: lane i % 16 adds its products in ascending order. Both half warps get the result.
+// Sum of a[i] * b[i] in the reference's order: lane i % 16 adds its products in ascending order. Both half warps get
+// the result.
 PYTQ_DEV float sum_product(const float * a, const float * b, int n, int lane) {
     float acc = 0.0f;
 #pragma unroll 4
@@ -62,7 +83,8 @@ PYTQ_DEV float sum_product(const float * a, const float * b, int n, int lane) {
 }
 
 PYTQ_DEV int log8_encode(float sigma, int shift) {
-    constexpr uint32_t limit[8] = {0x5aac3, 0x11c3d3, 0x1ef532, 0x2d583f, 0x3d08a4, 0x4e248c, 0x60ccdf, 0x75257d};  // mantissas of 2^((i + 1/2) / 8)
+    constexpr uint32_t limit[8] = {0x5aac3,  0x11c3d3, 0x1ef532, 0x2d583f,
+                                   0x3d08a4, 0x4e248c, 0x60ccdf, 0x75257d}; // mantissas of 2^((i + 1/2) / 8)
     const uint32_t u = as_uint(sigma), m = u & 0x7fffffu;
     if (!(sigma > 0.0f)) {
         return 0;
@@ -76,9 +98,12 @@ PYTQ_DEV int log8_encode(float sigma, int shift) {
     return e < 1 ? 0 : e > 255 ? 255 : e;
 }
 
-PYTQ_DEV float scaled(float x, int shift) { return shift ? ldexpf(x, shift) : x; }
+PYTQ_DEV float scaled(float x, int shift) {
+    return shift ? ldexpf(x, shift) : x;
+}
 
-// Nearest level of each subset for one coordinate: squared errors in the order [z0][z1], best levels as bytes z = 2 z1 + z0.
+// Nearest level of each subset for one coordinate: squared errors in the order [z0][z1], best levels as bytes z = 2 z1
+// + z0.
 template <int CODE, int BITS> PYTQ_DEV void choose(float y, float weight, float cost[4], uint32_t * best) {
     using B = book<CODE, BITS>;
     constexpr int n_sub = B::n_levels / 4;
@@ -110,11 +135,21 @@ template <int BITS, class F> PYTQ_DEV void with_bits(int bits, F f) {
         f.template operator()<BITS>();
     } else {
         switch (bits) {
-            case 1: f.template operator()<1>(); break;
-            case 2: f.template operator()<2>(); break;
-            case 3: f.template operator()<3>(); break;
-            case 4: f.template operator()<4>(); break;
-            default: f.template operator()<5>(); break;
+            case 1:
+                f.template operator()<1>();
+                break;
+            case 2:
+                f.template operator()<2>();
+                break;
+            case 3:
+                f.template operator()<3>();
+                break;
+            case 4:
+                f.template operator()<4>();
+                break;
+            default:
+                f.template operator()<5>();
+                break;
         }
     }
 }
@@ -137,9 +172,11 @@ template <int CODE> struct step_call {
     template <int B> PYTQ_DEV void operator()() { *out = book<CODE, B>::step(); }
 };
 
-// One step of the search. c[r]: cost of staying at location 32 r + lane, e[r]: cost of coming from its partner. A decision bit
-// says that the partner's path won; the partner of an upper location (bit L set) is the state with the older bit 0, which wins ties.
-template <int PHASE> PYTQ_DEV void viterbi_step(float m[2], const float c[2], const float e[2], uint32_t decision[2], int lane) {
+// One step of the search. c[r]: cost of staying at location 32 r + lane, e[r]: cost of coming from its partner. A
+// decision bit says that the partner's path won; the partner of an upper location (bit L set) is the state with the
+// older bit 0, which wins ties.
+template <int PHASE>
+PYTQ_DEV void viterbi_step(float m[2], const float c[2], const float e[2], uint32_t decision[2], int lane) {
     constexpr int L = 5 - PHASE;
     if constexpr (PHASE == 0) {
         // register 0 is state p, register 1 is p + 32
@@ -160,7 +197,8 @@ template <int PHASE> PYTQ_DEV void viterbi_step(float m[2], const float c[2], co
 
 extern __shared__ __align__(16) char encode_smem[];
 
-// Costs of six steps for this lane's two locations. at[f][r]: offset of the cost of staying, step: byte offset of the first step.
+// Costs of six steps for this lane's two locations. at[f][r]: offset of the cost of staying, step: byte offset of the
+// first step.
 struct step_costs {
     float c[6][2], e[6][2];
     PYTQ_DEV void load(const int at[6][2], const int other[6][2], int step) {
@@ -175,7 +213,9 @@ struct step_costs {
     }
 };
 
-PYTQ_DEV int rotate6(int x, int n) { return (x << n | x >> (6 - n)) & 63; }
+PYTQ_DEV int rotate6(int x, int n) {
+    return (x << n | x >> (6 - n)) & 63;
+}
 
 // BITS: bits of the only group, or 0 for a type with several groups.
 template <int CODE, int BITS> __global__ void __launch_bounds__(128) encode(const PYTQ_GRID_CONSTANT encode_pair pair) {
@@ -184,7 +224,7 @@ template <int CODE, int BITS> __global__ void __launch_bounds__(128) encode(cons
     char * const smem = encode_smem;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, d = p.l.d;
     float * const x = (float *) (smem + warp * encode_warp_bytes(d));
-    float * const cost = x + d;                            // [t][z0][z1]; later the chosen levels
+    float * const cost = x + d; // [t][z0][z1]; later the chosen levels
     uint32_t * const best = (uint32_t *) (cost + 4 * d);
     uint2 * const decision = (uint2 *) (best + d);         // six more entries than steps: whole groups are written
     uint8_t * const path = (uint8_t *) (decision + d + 6); // coded bits, six per byte
@@ -205,8 +245,10 @@ template <int CODE, int BITS> __global__ void __launch_bounds__(128) encode(cons
         const char * at = p.rows + i1 * p.rows_nb0 + (i2 % p.ne11) * p.rows_nb1 + (i3 % p.ne12) * p.rows_nb2;
         row = p.row_bytes == 8 ? *(const long long *) at : *(const int *) at;
     }
-    const float * const src = (const float *) (p.src + i1 * p.src_nb1 + i2 * p.src_nb2 + i3 * p.src_nb3) + (long long) ib * d;
-    uint8_t * const dst = (uint8_t *) p.dst + row * p.dst_nb1 + i2 * p.dst_nb2 + i3 * p.dst_nb3 + (long long) ib * p.l.block_bytes;
+    const float * const src =
+        (const float *) (p.src + i1 * p.src_nb1 + i2 * p.src_nb2 + i3 * p.src_nb3) + (long long) ib * d;
+    uint8_t * const dst =
+        (uint8_t *) p.dst + row * p.dst_nb1 + i2 * p.dst_nb2 + i3 * p.dst_nb3 + (long long) ib * p.l.block_bytes;
 
     float top = 0.0f;
     bool finite = true;
@@ -290,7 +332,8 @@ template <int CODE, int BITS> __global__ void __launch_bounds__(128) encode(cons
         }
         warp_fence();
 
-        // Offsets of the cost of staying at this location in each phase: [z0][z1 ^ (this location is the upper of its pair)].
+        // Offsets of the cost of staying at this location in each phase: [z0][z1 ^ (this location is the upper of its
+        // pair)].
         int own[6][2], other[6][2];
 #pragma unroll
         for (int f = 0; f < 6; f++) {
@@ -312,11 +355,21 @@ template <int CODE, int BITS> __global__ void __launch_bounds__(128) encode(cons
             step_costs next;
             next.load(own, other, 16 * (t0 + 6));
             viterbi_step<0>(m, now.c[0], now.e[0], w[0], lane);
-            if (t0 + 1 < d) { viterbi_step<1>(m, now.c[1], now.e[1], w[1], lane); }
-            if (t0 + 2 < d) { viterbi_step<2>(m, now.c[2], now.e[2], w[2], lane); }
-            if (t0 + 3 < d) { viterbi_step<3>(m, now.c[3], now.e[3], w[3], lane); }
-            if (t0 + 4 < d) { viterbi_step<4>(m, now.c[4], now.e[4], w[4], lane); }
-            if (t0 + 5 < d) { viterbi_step<5>(m, now.c[5], now.e[5], w[5], lane); }
+            if (t0 + 1 < d) {
+                viterbi_step<1>(m, now.c[1], now.e[1], w[1], lane);
+            }
+            if (t0 + 2 < d) {
+                viterbi_step<2>(m, now.c[2], now.e[2], w[2], lane);
+            }
+            if (t0 + 3 < d) {
+                viterbi_step<3>(m, now.c[3], now.e[3], w[3], lane);
+            }
+            if (t0 + 4 < d) {
+                viterbi_step<4>(m, now.c[4], now.e[4], w[4], lane);
+            }
+            if (t0 + 5 < d) {
+                viterbi_step<5>(m, now.c[5], now.e[5], w[5], lane);
+            }
             now = next;
             if (lane == 0) {
                 uint4 * const to = (uint4 *) (decision + t0);
@@ -343,8 +396,9 @@ template <int CODE, int BITS> __global__ void __launch_bounds__(128) encode(cons
         }
         warp_fence();
 
-        // Survivor, newest steps first. Before the steps of a group of six are undone, the six bits of the location are just their
-        // coded bits, the oldest in bit 5; undoing step f replaces bit 5 - f, and bit 5, which picks the decision word, only last.
+        // Survivor, newest steps first. Before the steps of a group of six are undone, the six bits of the location are
+        // just their coded bits, the oldest in bit 5; undoing step f replaces bit 5 - f, and bit 5, which picks the
+        // decision word, only last.
         {
             const int last = (d - 1) / 6 * 6;
             uint2 w[6];
@@ -432,4 +486,4 @@ template <int CODE, int BITS> __global__ void __launch_bounds__(128) encode(cons
     }
 }
 
-}  // namespace pytq
+} // namespace pytq

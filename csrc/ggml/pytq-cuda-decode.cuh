@@ -11,8 +11,8 @@ void launch(ggml_backend_cuda_context & ctx, ggml_tensor * dst, pytq::decode_par
     const ggml_tensor * k = dst->src[1];
     const ggml_tensor * v = dst->src[2];
     const int device = ggml_cuda_get_device();
-    const int n_sm   = ggml_cuda_info().devices[device].nsm;
-    const int n_seq  = (int) dst->src[0]->ne[3];
+    const int n_sm = ggml_cuda_info().devices[device].nsm;
+    const int n_seq = (int) dst->src[0]->ne[3];
 
     // Heads that lie side by side in a cache row share a block, so rows are read once and in order.
     p.heads_per_block = 1;
@@ -22,33 +22,35 @@ void launch(ggml_backend_cuda_context & ctx, ggml_tensor * dst, pytq::decode_par
         }
     }
     p.warps_per_head = 8 / p.heads_per_block;
-    const int warps  = p.warps_per_head * p.heads_per_block;
+    const int warps = p.warps_per_head * p.heads_per_block;
     const int tokens = pytq::decode_tile * p.warps_per_head;
-    p.row_tiles      = (p.n_rows + 3) / 4;
+    p.row_tiles = (p.n_rows + 3) / 4;
     const int groups = p.n_head_kv / p.heads_per_block * p.row_tiles;
-    const int tiles  = (p.n_kv + tokens - 1) / tokens;
+    const int tiles = (p.n_kv + tokens - 1) / tokens;
     p.n_splits = std::max(1, std::min(tiles, 2 * n_sm / (groups * n_seq)));
-    p.n_parts  = p.n_splits * p.warps_per_head;
-    p.k_slot   = pytq::decode_slot_bytes(p.k_nb1, p.heads_per_block * K::block_bytes);
-    p.v_slot   = pytq::decode_slot_bytes(p.v_nb1, p.heads_per_block * pytq::type<VT>::block_bytes);
+    p.n_parts = p.n_splits * p.warps_per_head;
+    p.k_slot = pytq::decode_slot_bytes(p.k_nb1, p.heads_per_block * K::block_bytes);
+    p.v_slot = pytq::decode_slot_bytes(p.v_nb1, p.heads_per_block * pytq::type<VT>::block_bytes);
     const size_t smem = pytq::decode_shared_bytes(p.k_slot, p.v_slot, warps, tokens);
 
     const size_t n = (size_t) n_seq * p.n_head_kv * p.n_rows * p.n_parts;
-    ggml_cuda_pool_alloc<float>  part(ctx.pool(), n * K::d);
+    ggml_cuda_pool_alloc<float> part(ctx.pool(), n * K::d);
     ggml_cuda_pool_alloc<float2> meta(ctx.pool(), n);
     p.part = part.get();
     p.meta = meta.get();
 
     static size_t raised[GGML_CUDA_MAX_DEVICES] = {0};
     if (raised[device] < smem) {
-        CUDA_CHECK(cudaFuncSetAttribute(pytq::attention_decode<KT, VT, SOFTCAP>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int) smem));
+        CUDA_CHECK(cudaFuncSetAttribute(pytq::attention_decode<KT, VT, SOFTCAP>,
+                                        cudaFuncAttributeMaxDynamicSharedMemorySize, (int) smem));
         raised[device] = smem;
     }
     pytq::attention_decode<KT, VT, SOFTCAP><<<dim3(p.n_splits, groups, n_seq), warps * 32, smem, ctx.stream()>>>(p);
     CUDA_CHECK(cudaGetLastError());
     const ggml_tensor * sinks = dst->src[4];
     pytq::attention_combine<K::d><<<dim3(K::d / 32, p.n_rows, p.n_head_kv * n_seq), 256, 0, ctx.stream()>>>(
-        part.get(), meta.get(), sinks ? (const float *) sinks->data : nullptr, (char *) dst->data, p.n_parts, p.n_rows, p.n_head_kv, p.gqa, p.n_q);
+        part.get(), meta.get(), sinks ? (const float *) sinks->data : nullptr, (char *) dst->data, p.n_parts, p.n_rows,
+        p.n_head_kv, p.gqa, p.n_q);
     CUDA_CHECK(cudaGetLastError());
 }
 
@@ -56,9 +58,9 @@ template <int KT, int VT> bool run(ggml_backend_cuda_context * ctx, ggml_tensor 
     if (check) {
         return true;
     }
-    const ggml_tensor * q    = dst->src[0];
-    const ggml_tensor * k    = dst->src[1];
-    const ggml_tensor * v    = dst->src[2];
+    const ggml_tensor * q = dst->src[0];
+    const ggml_tensor * k = dst->src[1];
+    const ggml_tensor * v = dst->src[2];
     const ggml_tensor * mask = dst->src[3];
 
     pytq::decode_params p = {};
@@ -85,27 +87,30 @@ template <int KT, int VT> bool run(ggml_backend_cuda_context * ctx, ggml_tensor 
     return true;
 }
 
-}  // namespace
+} // namespace
 
-#define PYTQ_ID128(name) (PYTQ_TYPE_BASE + PYTQ_FAMILY_STRIDE * PYTQ_FAMILY_INDEX_##name + 4)
-#define PYTQ_CAT_(a, b) a##b
-#define PYTQ_CAT(a, b) PYTQ_CAT_(a, b)
+#define PYTQ_ID128(name)    (PYTQ_TYPE_BASE + PYTQ_FAMILY_STRIDE * PYTQ_FAMILY_INDEX_##name + 4)
+#define PYTQ_CAT_(a, b)     a##b
+#define PYTQ_CAT(a, b)      PYTQ_CAT_(a, b)
 #define PYTQ_ID128_OF(name) PYTQ_ID128(name)
-#define PYTQ_V(name)                                                                                                           \
-    case PYTQ_ID128(name):                                                                                                     \
+#define PYTQ_V(name)                                                                                                   \
+    case PYTQ_ID128(name):                                                                                             \
         return run<PYTQ_ID128_OF(PYTQ_K), PYTQ_ID128(name)>(ctx, dst, check);
 
 // Values beside the family's own: kv3 and kv2 for kv4 keys, everything with PYTQ_CUDA_ALL_PAIRS.
-bool PYTQ_CAT(pytq_cuda_decode_, PYTQ_K)(ggml_backend_cuda_context * ctx, ggml_tensor * dst, ggml_type type_v, bool check) {
+bool PYTQ_CAT(pytq_cuda_decode_, PYTQ_K)(ggml_backend_cuda_context * ctx, ggml_tensor * dst, ggml_type type_v,
+                                         bool check) {
     switch ((int) type_v) {
 #ifdef PYTQ_CUDA_ALL_PAIRS
         PYTQ_DECODE_FAMILIES(PYTQ_V)
 #else
-        case PYTQ_ID128_OF(PYTQ_K): return run<PYTQ_ID128_OF(PYTQ_K), PYTQ_ID128_OF(PYTQ_K)>(ctx, dst, check);
+        case PYTQ_ID128_OF(PYTQ_K):
+            return run<PYTQ_ID128_OF(PYTQ_K), PYTQ_ID128_OF(PYTQ_K)>(ctx, dst, check);
 #ifdef PYTQ_EXTRA_V
-        PYTQ_EXTRA_V(PYTQ_V)
+            PYTQ_EXTRA_V(PYTQ_V)
 #endif
 #endif
-        default: return false;
+        default:
+            return false;
     }
 }

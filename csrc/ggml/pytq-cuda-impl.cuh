@@ -10,19 +10,21 @@
 // check: only tell.
 #define PYTQ_DECODE_FAMILIES(X) X(turbo2) X(turbo3) X(turbo4) X(kv2) X(kv3) X(kv4)
 
-#define PYTQ_DECLARE(name) bool pytq_cuda_decode_##name(ggml_backend_cuda_context * ctx, ggml_tensor * dst, ggml_type type_v, bool check);
+#define PYTQ_DECLARE(name)                                                                                             \
+    bool pytq_cuda_decode_##name(ggml_backend_cuda_context * ctx, ggml_tensor * dst, ggml_type type_v, bool check);
 PYTQ_DECODE_FAMILIES(PYTQ_DECLARE)
 #undef PYTQ_DECLARE
 
-// One slice of the sequence in f16 for upstream's tensor-core kernel, merged into dst (unnormalised until the last slice).
+// One slice of the sequence in f16 for upstream's tensor-core kernel, merged into dst (unnormalised until the last
+// slice).
 struct pytq_cuda_slice {
     const char * q;
-    const half * k;      // [d, n_tok, n_head_kv]
+    const half * k; // [d, n_tok, n_head_kv]
     const half * v;
-    const char * mask;   // null or f16, already at the slice's first token
+    const char * mask; // null or f16, already at the slice's first token
     const float * sinks;
-    float * dst;         // [d, n_head, n_q]
-    float2 * state;      // (max, sum) per row of dst
+    float * dst;    // [d, n_head, n_q]
+    float2 * state; // (max, sum) per row of dst
     int64_t k_nb1, k_nb2, v_nb1, v_nb2;
     int d, n_tok, n_q, n_head, n_head_kv;
     int q_nb1, q_nb2, mask_nb1;

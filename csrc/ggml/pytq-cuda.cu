@@ -3,8 +3,8 @@
 //   SET_ROWS, CPY to a type     encoder, one warp per head vector
 //   GET_ROWS, CPY from a type   decoder
 //   FLASH_ATTN_EXT              few query rows and d = 128: integer tensor-core kernel on the blocks themselves;
-//                               otherwise slices of the sequence (PYTQ_CUDA_SLICE tokens, default 16384) are decoded to f16 scratch
-//                               and given to upstream's kernels, so scratch does not grow with the context.
+//                               otherwise slices of the sequence (PYTQ_CUDA_SLICE tokens, default 16384) are decoded to
+//                               f16 scratch and given to upstream's kernels, so scratch does not grow with the context.
 // Nothing here synchronises or allocates outside ggml's pool, so CUDA graphs keep working.
 #include "pytq-cuda.h"
 
@@ -18,12 +18,15 @@
 #include <cstdlib>
 #include <vector>
 
-static bool is_compressed(const ggml_tensor * t) { return t && pytq_is_type(t->type); }
+static bool is_compressed(const ggml_tensor * t) {
+    return t && pytq_is_type(t->type);
+}
 
 static pytq::layout layout_of(ggml_type type) {
     const pytq_type_info * t = pytq_type_get(type);
     pytq::layout l = {};
-    l.d = t->head_dim, l.code = t->code, l.scale_bytes = t->scale, l.n_groups = t->n_groups, l.n_planes = t->n_planes, l.block_bytes = t->block_bytes;
+    l.d = t->head_dim, l.code = t->code, l.scale_bytes = t->scale, l.n_groups = t->n_groups, l.n_planes = t->n_planes,
+    l.block_bytes = t->block_bytes;
     for (int g = 0, at = 0; g < 3; g++) {
         at += t->group_len[g];
         l.group_end[g] = at, l.group_bits[g] = t->group_bits[g];
@@ -36,10 +39,13 @@ static pytq::layout layout_of(ggml_type type) {
 
 // ------------------------------------------------------------------------------------------------ encode
 
-static int64_t encode_items(const pytq::encode_params & p) { return (int64_t) p.blocks_per_row * p.n1 * p.n2 * p.n3; }
+static int64_t encode_items(const pytq::encode_params & p) {
+    return (int64_t) p.blocks_per_row * p.n1 * p.n2 * p.n3;
+}
 
 // second: further vectors for the same kernel, or null.
-static void encode(ggml_backend_cuda_context & ctx, const pytq::encode_params & p, const pytq::encode_params * second, ggml_type type) {
+static void encode(ggml_backend_cuda_context & ctx, const pytq::encode_params & p, const pytq::encode_params * second,
+                   ggml_type type) {
     const int64_t n = encode_items(p), n2 = second ? encode_items(*second) : 0;
     if (n + n2 == 0) {
         return;
@@ -48,24 +54,41 @@ static void encode(ggml_backend_cuda_context & ctx, const pytq::encode_params & 
     const int64_t first = (n + warps - 1) / warps;
     const pytq::encode_pair pair = {{p, second ? *second : p}, (int) first};
     const dim3 grid((unsigned) (first + (n2 + warps - 1) / warps));
-    const int smem = warps * std::max(pytq::encode_warp_bytes(p.l.d), second ? pytq::encode_warp_bytes(second->l.d) : 0);
+    const int smem =
+        warps * std::max(pytq::encode_warp_bytes(p.l.d), second ? pytq::encode_warp_bytes(second->l.d) : 0);
 #define PYTQ_ENCODE(CODE, B) pytq::encode<CODE, B><<<grid, 32 * warps, smem, ctx.stream()>>>(pair)
     if (p.l.code == PYTQ_CODE_SCALAR) {
         switch (p.l.group_bits[0]) {
-            case 2: PYTQ_ENCODE(PYTQ_CODE_SCALAR, 2); break;
-            case 3: PYTQ_ENCODE(PYTQ_CODE_SCALAR, 3); break;
-            case 4: PYTQ_ENCODE(PYTQ_CODE_SCALAR, 4); break;
-            default: GGML_ABORT("no encoder for %s", ggml_type_name(type));
+            case 2:
+                PYTQ_ENCODE(PYTQ_CODE_SCALAR, 2);
+                break;
+            case 3:
+                PYTQ_ENCODE(PYTQ_CODE_SCALAR, 3);
+                break;
+            case 4:
+                PYTQ_ENCODE(PYTQ_CODE_SCALAR, 4);
+                break;
+            default:
+                GGML_ABORT("no encoder for %s", ggml_type_name(type));
         }
     } else if (p.l.n_groups > 1) {
         PYTQ_ENCODE(PYTQ_CODE_TRELLIS, 0);
     } else {
         switch (p.l.group_bits[0]) {
-            case 2: PYTQ_ENCODE(PYTQ_CODE_TRELLIS, 2); break;
-            case 3: PYTQ_ENCODE(PYTQ_CODE_TRELLIS, 3); break;
-            case 4: PYTQ_ENCODE(PYTQ_CODE_TRELLIS, 4); break;
-            case 5: PYTQ_ENCODE(PYTQ_CODE_TRELLIS, 5); break;
-            default: GGML_ABORT("no encoder for %s", ggml_type_name(type));
+            case 2:
+                PYTQ_ENCODE(PYTQ_CODE_TRELLIS, 2);
+                break;
+            case 3:
+                PYTQ_ENCODE(PYTQ_CODE_TRELLIS, 3);
+                break;
+            case 4:
+                PYTQ_ENCODE(PYTQ_CODE_TRELLIS, 4);
+                break;
+            case 5:
+                PYTQ_ENCODE(PYTQ_CODE_TRELLIS, 5);
+                break;
+            default:
+                GGML_ABORT("no encoder for %s", ggml_type_name(type));
         }
     }
 #undef PYTQ_ENCODE
@@ -94,10 +117,13 @@ static pytq::encode_params set_rows_params(const ggml_tensor * dst) {
     return p;
 }
 
-static void set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) { encode(ctx, set_rows_params(dst), nullptr, dst->type); }
+static void set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    encode(ctx, set_rows_params(dst), nullptr, dst->type);
+}
 
 static bool is_noop(const ggml_tensor * t) {
-    return t->op == GGML_OP_NONE || t->op == GGML_OP_RESHAPE || t->op == GGML_OP_VIEW || t->op == GGML_OP_PERMUTE || t->op == GGML_OP_TRANSPOSE;
+    return t->op == GGML_OP_NONE || t->op == GGML_OP_RESHAPE || t->op == GGML_OP_VIEW || t->op == GGML_OP_PERMUTE ||
+           t->op == GGML_OP_TRANSPOSE;
 }
 
 int pytq_cuda_try_fuse(ggml_backend_cuda_context & ctx, ggml_tensor * const * nodes, int n_nodes) {
@@ -110,11 +136,13 @@ int pytq_cuda_try_fuse(ggml_backend_cuda_context & ctx, ggml_tensor * const * no
         j++;
     }
     const ggml_tensor * b = j < n_nodes ? nodes[j] : nullptr;
-    if (!b || b->op != GGML_OP_SET_ROWS || !is_compressed(b) || !(b->flags & GGML_TENSOR_FLAG_COMPUTE) || b->data == a->data) {
+    if (!b || b->op != GGML_OP_SET_ROWS || !is_compressed(b) || !(b->flags & GGML_TENSOR_FLAG_COMPUTE) ||
+        b->data == a->data) {
         return 0;
     }
     const pytq::encode_params pa = set_rows_params(a), pb = set_rows_params(b);
-    const bool same = pa.l.code == pb.l.code && (pa.l.n_groups > 1) == (pb.l.n_groups > 1) && (pa.l.n_groups > 1 || pa.l.group_bits[0] == pb.l.group_bits[0]);
+    const bool same = pa.l.code == pb.l.code && (pa.l.n_groups > 1) == (pb.l.n_groups > 1) &&
+                      (pa.l.n_groups > 1 || pa.l.group_bits[0] == pb.l.group_bits[0]);
     if (!same) {
         return 0;
     }
@@ -142,7 +170,7 @@ static void decode(ggml_backend_cuda_context & ctx, pytq::values_params & p, ggm
 }
 
 static void get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
-    const ggml_tensor * src  = dst->src[0];
+    const ggml_tensor * src = dst->src[0];
     const ggml_tensor * rows = dst->src[1];
     pytq::values_params p = {};
     p.src = (const char *) src->data, p.rows = (const char *) rows->data, p.dst = (char *) dst->data;
@@ -172,7 +200,8 @@ static void copy(ggml_backend_cuda_context & ctx, ggml_tensor * node) {
 
 // ------------------------------------------------------------------------------------------------ attention
 
-static __global__ void q8_0_slice(const char * src, half * dst, int64_t nb1, int64_t nb2, int d, int n_tok, int n_head) {
+static __global__ void q8_0_slice(const char * src, half * dst, int64_t nb1, int64_t nb2, int d, int n_tok,
+                                  int n_head) {
     const int64_t i = (int64_t) blockIdx.x * blockDim.x + threadIdx.x;
     const int c = (int) (i % d), t = (int) (i / d % n_tok), h = (int) (i / d / n_tok);
     if (h < n_head) {
@@ -193,21 +222,23 @@ template <int ID> static bool slice_fast(ggml_backend_cuda_context & ctx, const 
 }
 
 // f16 copy [d, n_tok, n_head] of tokens t0 .. t0 + n_tok of a cache tensor's sequence.
-static void decode_slice(ggml_backend_cuda_context & ctx, const ggml_tensor * t, int64_t t0, int64_t n_tok, int64_t seq, half * out) {
+static void decode_slice(ggml_backend_cuda_context & ctx, const ggml_tensor * t, int64_t t0, int64_t n_tok, int64_t seq,
+                         half * out) {
     const char * src = (const char *) t->data + seq * t->nb[3] + t0 * t->nb[1];
     const int d = (int) t->ne[0], n_head = (int) t->ne[2];
     if (t->type == GGML_TYPE_Q8_0) {
         const int64_t n = n_tok * n_head * d;
-        q8_0_slice<<<(unsigned) ((n + 255) / 256), 256, 0, ctx.stream()>>>(src, out, t->nb[1], t->nb[2], d, (int) n_tok, n_head);
+        q8_0_slice<<<(unsigned) ((n + 255) / 256), 256, 0, ctx.stream()>>>(src, out, t->nb[1], t->nb[2], d, (int) n_tok,
+                                                                           n_head);
         CUDA_CHECK(cudaGetLastError());
         return;
     }
     const pytq::slice_params s = {src, out, (long long) t->nb[1], (long long) t->nb[2], (int) n_tok, n_head};
     bool done = false;
     switch ((int) t->type) {
-#define PYTQ_TYPE(name, slot, hd, ...)                                                                                         \
-    case PYTQ_TYPE_BASE + PYTQ_FAMILY_STRIDE * PYTQ_FAMILY_INDEX_##name + (slot):                                              \
-        done = slice_fast<PYTQ_TYPE_BASE + PYTQ_FAMILY_STRIDE * PYTQ_FAMILY_INDEX_##name + (slot)>(ctx, s);                    \
+#define PYTQ_TYPE(name, slot, hd, ...)                                                                                 \
+    case PYTQ_TYPE_BASE + PYTQ_FAMILY_STRIDE * PYTQ_FAMILY_INDEX_##name + (slot):                                      \
+        done = slice_fast<PYTQ_TYPE_BASE + PYTQ_FAMILY_STRIDE * PYTQ_FAMILY_INDEX_##name + (slot)>(ctx, s);            \
         break;
 #include "types.def"
     }
@@ -251,20 +282,23 @@ static bool few_rows_kernel(ggml_backend_cuda_context * ctx, ggml_tensor * dst, 
     const ggml_tensor * q = dst->src[0];
     const ggml_tensor * k = dst->src[1];
     const ggml_tensor * v = dst->src[2];
-    constexpr int64_t max_rows = 48;  // beyond this, decoding to f16 once is cheaper than decoding per 4 rows
+    constexpr int64_t max_rows = 48; // beyond this, decoding to f16 once is cheaper than decoding per 4 rows
     const int cc = ggml_cuda_info().devices[ctx ? ctx->device : ggml_cuda_get_device()].cc;
     if (!GGML_CUDA_CC_IS_NVIDIA(cc) || ggml_cuda_highest_compiled_arch(cc) < GGML_CUDA_CC_AMPERE) {
         return false;
     }
-    if (k->ne[0] != 128 || v->ne[0] != 128 || q->ne[1] * (q->ne[2] / k->ne[2]) > max_rows || q->nb[1] % 16 || q->nb[2] % 16 || q->nb[3] % 16) {
+    if (k->ne[0] != 128 || v->ne[0] != 128 || q->ne[1] * (q->ne[2] / k->ne[2]) > max_rows || q->nb[1] % 16 ||
+        q->nb[2] % 16 || q->nb[3] % 16) {
         return false;
     }
     switch ((int) k->type) {
-#define PYTQ_CASE(name)                                                                                                        \
-    case PYTQ_TYPE_BASE + PYTQ_FAMILY_STRIDE * PYTQ_FAMILY_INDEX_##name + 4: return pytq_cuda_decode_##name(ctx, dst, v->type, check);
+#define PYTQ_CASE(name)                                                                                                \
+    case PYTQ_TYPE_BASE + PYTQ_FAMILY_STRIDE * PYTQ_FAMILY_INDEX_##name + 4:                                           \
+        return pytq_cuda_decode_##name(ctx, dst, v->type, check);
         PYTQ_DECODE_FAMILIES(PYTQ_CASE)
 #undef PYTQ_CASE
-        default: return false;
+        default:
+            return false;
     }
 }
 
@@ -272,10 +306,10 @@ static void flash_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     if (few_rows_kernel(&ctx, dst, false)) {
         return;
     }
-    const ggml_tensor * q     = dst->src[0];
-    const ggml_tensor * k     = dst->src[1];
-    const ggml_tensor * v     = dst->src[2];
-    const ggml_tensor * mask  = dst->src[3];
+    const ggml_tensor * q = dst->src[0];
+    const ggml_tensor * k = dst->src[1];
+    const ggml_tensor * v = dst->src[2];
+    const ggml_tensor * mask = dst->src[3];
     const ggml_tensor * sinks = dst->src[4];
     const int64_t d = k->ne[0], n_kv = k->ne[1], n_head_kv = k->ne[2], n_seq = q->ne[3];
     const int64_t whole = slice_tokens();
@@ -330,33 +364,46 @@ static void flash_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     }
     s.gqa = gqa;
     for (int64_t seq = 0; seq < n_seq; seq++) {
-        s.q   = (const char *) q->data + seq * q->nb[3];
+        s.q = (const char *) q->data + seq * q->nb[3];
         s.dst = (float *) dst->data + seq * q->ne[1] * q->ne[2] * d;
         int64_t n_tok = 0;
         for (int64_t t0 = 0; t0 < n_kv; t0 += n_tok) {
             n_tok = n_kv - t0 <= len + 256 ? n_kv - t0 : len;
             s.n_tok = (int) n_tok;
             if (k->type == GGML_TYPE_F16) {
-                s.k = (const half *) ((const char *) k->data + seq * k->nb[3] + t0 * k->nb[1]), s.k_nb1 = k->nb[1], s.k_nb2 = k->nb[2];
+                s.k = (const half *) ((const char *) k->data + seq * k->nb[3] + t0 * k->nb[1]), s.k_nb1 = k->nb[1],
+                s.k_nb2 = k->nb[2];
             } else {
                 decode_slice(ctx, k, t0, n_tok, seq, kh.get());
                 s.k = kh.get(), s.k_nb1 = 2 * d, s.k_nb2 = 2 * d * n_tok;
             }
             if (v->type == GGML_TYPE_F16) {
-                s.v = (const half *) ((const char *) v->data + seq * v->nb[3] + t0 * v->nb[1]), s.v_nb1 = v->nb[1], s.v_nb2 = v->nb[2];
+                s.v = (const half *) ((const char *) v->data + seq * v->nb[3] + t0 * v->nb[1]), s.v_nb1 = v->nb[1],
+                s.v_nb2 = v->nb[2];
             } else {
                 decode_slice(ctx, v, t0, n_tok, seq, vh.get());
                 s.v = vh.get(), s.v_nb1 = 2 * d, s.v_nb2 = 2 * d * n_tok;
             }
-            s.mask  = mask ? (const char *) mask->data + (seq % mask->ne[3]) * mask->nb[3] + 2 * t0 : nullptr;
+            s.mask = mask ? (const char *) mask->data + (seq % mask->ne[3]) * mask->nb[3] + 2 * t0 : nullptr;
             s.first = t0 == 0, s.last = t0 + n_tok == n_kv;
             switch (d) {
-                case  64: pytq_cuda_slice_attention< 64>(ctx, s); break;
-                case  80: pytq_cuda_slice_attention< 80>(ctx, s); break;
-                case  96: pytq_cuda_slice_attention< 96>(ctx, s); break;
-                case 128: pytq_cuda_slice_attention<128>(ctx, s); break;
-                case 256: pytq_cuda_slice_attention<256>(ctx, s); break;
-                default: GGML_ABORT("no slice kernel for head size %d", (int) d);
+                case 64:
+                    pytq_cuda_slice_attention<64>(ctx, s);
+                    break;
+                case 80:
+                    pytq_cuda_slice_attention<80>(ctx, s);
+                    break;
+                case 96:
+                    pytq_cuda_slice_attention<96>(ctx, s);
+                    break;
+                case 128:
+                    pytq_cuda_slice_attention<128>(ctx, s);
+                    break;
+                case 256:
+                    pytq_cuda_slice_attention<256>(ctx, s);
+                    break;
+                default:
+                    GGML_ABORT("no slice kernel for head size %d", (int) d);
             }
         }
     }
@@ -372,7 +419,8 @@ static bool flash_attn_supported(int device, const ggml_tensor * dst) {
             return false;
         }
     }
-    if (q->type != GGML_TYPE_F32 || k->ne[0] != v->ne[0] || q->ne[3] != k->ne[3] || (mask && (mask->ne[2] != 1 || mask->type != GGML_TYPE_F16))) {
+    if (q->type != GGML_TYPE_F32 || k->ne[0] != v->ne[0] || q->ne[3] != k->ne[3] ||
+        (mask && (mask->ne[2] != 1 || mask->type != GGML_TYPE_F16))) {
         return false;
     }
     const int cc = ggml_cuda_info().devices[device].cc;
@@ -382,7 +430,8 @@ static bool flash_attn_supported(int device, const ggml_tensor * dst) {
     float softcap;
     memcpy(&softcap, (const float *) dst->op_params + 2, sizeof(float));
     const int64_t d = k->ne[0];
-    const bool slices = (d == 64 || d == 80 || d == 96 || d == 128 || d == 256) && (softcap == 0.0f || d == 128 || d == 256);
+    const bool slices =
+        (d == 64 || d == 80 || d == 96 || d == 128 || d == 256) && (softcap == 0.0f || d == 128 || d == 256);
     f16_view f(dst, nullptr, nullptr);
     return slices && ggml_cuda_flash_attn_ext_supported(device, &f.node);
 }
@@ -408,19 +457,22 @@ bool pytq_cuda_supports_op(int device, const ggml_tensor * op, bool * supported)
             *supported = true;
             break;
         case GGML_OP_SET_ROWS:
-            *supported = pytq_type_get(op->type) && a->type == GGML_TYPE_F32 && a->nb[0] == 4 && (b->type == GGML_TYPE_I64 || b->type == GGML_TYPE_I32);
+            *supported = pytq_type_get(op->type) && a->type == GGML_TYPE_F32 && a->nb[0] == 4 &&
+                         (b->type == GGML_TYPE_I64 || b->type == GGML_TYPE_I32);
             break;
         case GGML_OP_GET_ROWS:
             *supported = pytq_type_get(a->type) && op->type == GGML_TYPE_F32 && b->type == GGML_TYPE_I32;
             break;
         case GGML_OP_CPY:
-            if (a->type == b->type) {  // upstream copies the bytes
+            if (a->type == b->type) { // upstream copies the bytes
                 *supported = ggml_is_contiguous(a) && ggml_is_contiguous(b);
             } else if (is_compressed(a)) {
-                *supported = pytq_type_get(a->type) && ggml_are_same_shape(a, b) &&
-                             ((b->type == GGML_TYPE_F32 && b->nb[0] == 4) || (b->type == GGML_TYPE_F16 && b->nb[0] == 2));
+                *supported =
+                    pytq_type_get(a->type) && ggml_are_same_shape(a, b) &&
+                    ((b->type == GGML_TYPE_F32 && b->nb[0] == 4) || (b->type == GGML_TYPE_F16 && b->nb[0] == 2));
             } else {
-                *supported = pytq_type_get(b->type) && ggml_are_same_shape(a, b) && a->type == GGML_TYPE_F32 && a->nb[0] == 4;
+                *supported =
+                    pytq_type_get(b->type) && ggml_are_same_shape(a, b) && a->type == GGML_TYPE_F32 && a->nb[0] == 4;
             }
             break;
         case GGML_OP_DUP:
