@@ -91,7 +91,9 @@ def report(path: str) -> None:
     for text in Path(path).read_text().splitlines():
         r = json.loads(text)
         rows[r["model"], r["test"]][r["build"], r["types"]].extend(r["tok_s"])
-    print("| model | test | build | cache K/V | tokens/s (median) | samples | median against stock f16 | best against best |")
+    print(
+        "| model | test | build | cache K/V | tokens/s (median) | samples | median against stock f16 | best against best |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for (model, test), configs in sorted(rows.items()):
         base = configs.get(("stock", "f16"))
