@@ -94,7 +94,8 @@ def _read() -> str | None:
     try:
         click.echo("> ", nl=False, err=True)
         line = sys.stdin.readline()
-    except UnicodeDecodeError as error:
+        line.encode()  # in the C locale Python smuggles undecodable bytes through as surrogates
+    except UnicodeError as error:
         raise PytqError("the input is not UTF-8 text") from error
     except KeyboardInterrupt:
         click.echo(err=True)
