@@ -13,6 +13,18 @@ import click
 from pytq.errors import PytqError
 
 
+def _warn_of_constant_keys(model: Path, cache_type_k: str) -> None:
+    """Says on stderr that the model needs a profile, unless one is there or the keys keep 8 bits and more."""
+    from pytq.calibrate import constant_key_warning
+
+    beside = model.with_name(f"{model.stem}.kvprofile.gguf")
+    if cache_type_k in ("f32", "f16", "bf16", "q8_0") or beside.exists():
+        return
+    warning = constant_key_warning(model)
+    if warning:
+        click.echo(f"warning: {warning}", err=True)
+
+
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("-p", "--prompt", required=True, metavar="TEXT", help="The text to continue.")
@@ -63,6 +75,7 @@ def command(
     info = estimate.open_model(model)
     estimate.check_pair(info, cache_type_k, cache_type_v)
     estimate.check_ctx(info, estimate.Plan(ctx))
+    _warn_of_constant_keys(model, cache_type_k)
 
     from pytq.llama import Llama
 
