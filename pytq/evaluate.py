@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pytq import estimate
+from pytq import estimate, figures
 from pytq.errors import PytqError
 from pytq.gguf.layout import read_layout
 from pytq.paths import BuildDir, home, writable
@@ -299,15 +299,7 @@ def plot(scores: Sequence[Score], floor: Score | None, target: Path) -> None:
     axes.set_ylabel("mean KL divergence from the f16 cache")
     axes.grid(True, which="both", alpha=0.3)
     figure.tight_layout()
-    temporary = target.with_name(f".{target.name}.tmp{target.suffix or '.png'}")
-    try:
-        figure.savefig(temporary, dpi=130)
-        os.replace(temporary, target)
-    except (OSError, ValueError) as error:
-        raise PytqError(f"cannot write {target}: {error}") from error
-    finally:
-        plt.close(figure)
-        temporary.unlink(missing_ok=True)
+    figures.save(figure, target)
 
 
 # ------------------------------------------------------------------------------------------------ needle

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import click
 
+from pytq import figures
 from pytq.errors import PytqError
 
 
@@ -32,15 +32,7 @@ def _plot(reports: list[Any], gains: list[list[float]], target: Path) -> None:
     axes.set_title("gain of the key transform (dB of squared logit error, equal bits)")
     figure.colorbar(image, ax=axes)
     figure.tight_layout()
-    temporary = target.with_name(f".{target.name}.tmp{target.suffix or '.png'}")
-    try:
-        figure.savefig(temporary, dpi=130)
-        os.replace(temporary, target)
-    except (OSError, ValueError) as error:
-        raise PytqError(f"cannot write {target}: {error}") from error
-    finally:
-        plt.close(figure)
-        temporary.unlink(missing_ok=True)
+    figures.save(figure, target)
 
 
 @click.command(

@@ -16,12 +16,13 @@ from pytq.errors import PytqError
 def _warn_of_constant_keys(model: Path, cache_type_k: str) -> None:
     """Says on stderr that the model needs a profile, unless one is there or the keys keep 8 bits and more."""
     from pytq.calibrate import constant_key_warning
+    from pytq.gguf import profile
+    from pytq.gguf.layout import read_layout
 
-    beside = model.with_name(f"{model.stem}.kvprofile.gguf")
-    if cache_type_k in ("f32", "f16", "bf16", "q8_0") or beside.exists():
+    if cache_type_k in ("f32", "f16", "bf16", "q8_0"):
         return
     warning = constant_key_warning(model)
-    if warning:
+    if warning and profile.find(read_layout(model)) is None:
         click.echo(f"warning: {warning}", err=True)
 
 
