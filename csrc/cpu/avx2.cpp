@@ -26,6 +26,17 @@
 #endif
 #include <immintrin.h>
 
+union vf_halves { // a 64-byte vector as two registers
+    float v __attribute__((vector_size(64)));
+    __m256 h[2];
+};
+#define PYTQ_FMA(a, b, c) fma16({a}, {b}, {c})
+static inline __attribute__((always_inline)) auto fma16(vf_halves a, vf_halves b, vf_halves c) {
+    a.h[0] = _mm256_fmadd_ps(a.h[0], b.h[0], c.h[0]);
+    a.h[1] = _mm256_fmadd_ps(a.h[1], b.h[1], c.h[1]);
+    return a.v;
+}
+
 #include "tile.inl"
 
 namespace {
@@ -137,7 +148,7 @@ void qk_rows(const pytq_type_info * t, const int16_t * a, size_t lda, const floa
     const int d = t->head_dim;
     const size_t block = (size_t) d * 16;
     for (int j = 0; j < n; j += 16) {
-        __m256 sum[NR][2] = {};
+        __m256 sum[NR][2];
         for (int g = 0, at = 0; g < t->n_groups; at += t->group_len[g++]) {
             yi acc[NR][2];
             dot<NR, 2>(a + at, lda, x + (size_t) j / 8 * block + (size_t) at * 16, block, t->group_len[g] / 2, acc);
@@ -145,7 +156,7 @@ void qk_rows(const pytq_type_info * t, const int16_t * a, size_t lda, const floa
                 const __m256 ks = _mm256_load_ps(k_scale + g * T + j + 8 * i);
                 for (int r = 0; r < NR; r++) {
                     const __m256 v = _mm256_cvtepi32_ps(acc[r][i]);
-                    sum[r][i] = _mm256_fmadd_ps(v, ks, sum[r][i]);
+                    sum[r][i] = g == 0 ? _mm256_mul_ps(v, ks) : _mm256_fmadd_ps(v, ks, sum[r][i]);
                 }
             }
         }
@@ -174,12 +185,7 @@ void pv_rows(const int16_t * w, int pairs, const uint8_t * x, int width, const f
 }
 
 struct Tier {
-    static constexpr float weight_max = 32767.0f;
     static void dequantize(const pytq_type_info * t, const void * y, float * x, int64_t n) { decode(t, y, x, n); }
-    union halves_of { // a 64-byte vector as two registers
-        vf v;
-        __m256 h[2];
-    };
     static __m256 exp8(__m256 x) {
         const __m256 low = _mm256_set1_ps(-87.0f);
         const __m256 keep = _mm256_cmp_ps(x, low, _CMP_GE_OQ);
@@ -198,14 +204,14 @@ struct Tier {
         return _mm256_and_ps(keep, _mm256_mul_ps(p, _mm256_castsi256_ps(e)));
     }
     static vf exp(vf x) {
-        halves_of a;
+        vf_halves a;
         a.v = x;
         a.h[0] = exp8(a.h[0]);
         a.h[1] = exp8(a.h[1]);
         return a.v;
     }
     static vf maximum(vf a, vf b) {
-        halves_of x, y;
+        vf_halves x, y;
         x.v = a, y.v = b;
         x.h[0] = _mm256_max_ps(x.h[0], y.h[0]);
         x.h[1] = _mm256_max_ps(x.h[1], y.h[1]);
@@ -277,16 +283,7 @@ struct Tier {
     }
 
     static void q_row(const pytq_type_info * t, const float * q, float scale, uint8_t * a, float * q_scale, int32_t *) {
-        float m = 0.0f;
-        for (int c = 0; c < t->head_dim; c++) {
-            m = fabsf(q[c]) > m ? fabsf(q[c]) : m;
-        }
-        const float inv = m > 0.0f ? 32767.0f / m : 0.0f;
-        *q_scale = m / 32767.0f * scale;
-        for (int c = 0; c < t->head_dim; c++) {
-            const int16_t v = (int16_t) _mm_cvtss_si32(_mm_set_ss(q[c] * inv));
-            memcpy(a + 2 * c, &v, 2);
-        }
+        q_row_16(q, t->head_dim, scale, a, q_scale);
     }
 
     static void qk(const pytq_type_info * t, const uint8_t * a, size_t a_row, const float * q_scale, const int32_t *,

@@ -40,7 +40,7 @@
 #endif
 #include <immintrin.h>
 
-#define PYTQ_MADD(a, b, c) ((vf) _mm512_fmadd_ps((__m512) (a), (__m512) (b), (__m512) (c)))
+#define PYTQ_FMA(a, b, c) ((vf) _mm512_fmadd_ps((__m512) (a), (__m512) (b), (__m512) (c)))
 #include "tile.inl"
 
 namespace {
@@ -471,12 +471,12 @@ void pv_rows(const uint8_t * w, int quads, const uint8_t * x, int width, const f
 }
 
 struct Tier {
-    static constexpr float weight_max = 65535.0f;
     static void quantize(const pytq_type_info * t, const float * x, void * y, int64_t n);
     static void dequantize(const pytq_type_info * t, const void * y, float * x, int64_t n);
 
     static vf exp(vf x) {
-        const __m512 v = _mm512_max_ps((__m512) x, _mm512_set1_ps(-110.0f));
+        const __mmask16 keep = _mm512_cmp_ps_mask((__m512) x, _mm512_set1_ps(-87.0f), _CMP_GE_OQ);
+        const __m512 v = _mm512_max_ps((__m512) x, _mm512_set1_ps(-87.0f));
         const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(v, _mm512_set1_ps(1.44269504f)),
                                               _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
         const __m512 r =
@@ -487,12 +487,17 @@ struct Tier {
         p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
         p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
         p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-        return (vf) _mm512_scalef_ps(p, n);
+        return (vf) _mm512_maskz_scalef_ps(keep, p, n);
     }
     static vf halves(const uint16_t * p) { return (vf) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)); }
     static vf maximum(vf a, vf b) { return (vf) _mm512_max_ps((__m512) a, (__m512) b); }
     static float max16(vf v) { return _mm512_reduce_max_ps((__m512) v); }
-    static float sum16(vf v) { return _mm512_reduce_add_ps((__m512) v); }
+    static float sum16(vf v) { // hsum's order
+        const __m256 a = _mm256_add_ps(_mm512_castps512_ps256((__m512) v), _mm512_extractf32x8_ps((__m512) v, 1));
+        const __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+        const __m128 c = _mm_add_ps(b, _mm_movehl_ps(b, b));
+        return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
+    }
 
     static mask_state mask_of(const uint16_t * m, int n) {
         zi any = _mm512_setzero_si512();
@@ -544,8 +549,8 @@ struct Tier {
             top = _mm512_max_ps(top, _mm512_abs_ps(_mm512_loadu_ps(q + c)));
         }
         const float m = _mm512_reduce_max_ps(top);
-        const __m512 inv = _mm512_set1_ps(m > 0.0f ? 32512.0f / m : 0.0f);
-        *q_scale = m / 32512.0f * scale;
+        const __m512 inv = _mm512_set1_ps(m > 0.0f ? FIXED_MAX / m : 0.0f);
+        *q_scale = m / FIXED_MAX * scale;
         int32_t value[PYTQ_MAX_HEAD_DIM];
         for (int c = 0; c < d; c += 16) {
             const zi v = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(q + c), inv));

@@ -26,6 +26,18 @@
 #endif
 #include <arm_neon.h>
 
+union vf_quarters { // a 64-byte vector as four registers
+    float v __attribute__((vector_size(64)));
+    float32x4_t q[4];
+};
+#define PYTQ_FMA(a, b, c) fma16({a}, {b}, {c})
+static inline __attribute__((always_inline)) auto fma16(vf_quarters a, vf_quarters b, vf_quarters c) {
+    for (int i = 0; i < 4; i++) {
+        c.q[i] = vfmaq_f32(c.q[i], a.q[i], b.q[i]);
+    }
+    return c.v;
+}
+
 #include "tile.inl"
 
 namespace {
@@ -181,7 +193,6 @@ void pv_rows(const uint8_t * w, int quads, const int8_t * x, int width, const fl
 }
 
 struct Tier {
-    static constexpr float weight_max = 32512.0f;
     static void dequantize(const pytq_type_info * t, const void * y, float * x, int64_t n) { decode(t, y, x, n); }
     static vf exp(vf x) { return exp_neg(x); }
     static vf halves(const uint16_t * p) {
@@ -257,8 +268,8 @@ struct Tier {
         for (int c = 0; c < d; c++) {
             m = fabsf(q[c]) > m ? fabsf(q[c]) : m;
         }
-        const float inv = m > 0.0f ? 32512.0f / m : 0.0f;
-        *q_scale = m / 32512.0f * scale;
+        const float inv = m > 0.0f ? FIXED_MAX / m : 0.0f;
+        *q_scale = m / FIXED_MAX * scale;
         for (int c = 0; c < d; c++) {
             split((int32_t) lrintf(q[c] * inv), a + c, a + d + c);
         }

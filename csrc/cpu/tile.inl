@@ -8,6 +8,10 @@
 // A tile is unpacked once for up to PYTQ_BLOCK_ROWS rows: the query heads of one KV head, times query positions. Weights are
 // integers relative to the tile's largest weight, so a tile with small weights keeps its precision next to an attention sink.
 // Formats without integer levels (f16, q8_0, ... beside a pytq type, and split-rate values) take the float tile below.
+//
+// All tiers return the same bits: integer sums are exact, every float operation is the scalar tier's, and what is fused or
+// added across lanes is so in one order everywhere (PYTQ_FMA, hsum). Without that, the last bit of a logit flips codes that
+// later layers store, and the tiers would differ by several percent of a KL divergence, in either direction.
 #include "tiers.h"
 
 #include <math.h>
@@ -33,29 +37,27 @@ PYTQ_INLINE vf load(const float *p) { return *(const vf_u *) p; }
 PYTQ_INLINE void store(float *p, vf v) { *(vf_u *) p = v; }
 PYTQ_INLINE vf splat(float x) { return vf{} + x; }
 
-// a * b + c, fused where the tier says how (contraction is off for the whole library)
-#ifndef PYTQ_MADD
-#define PYTQ_MADD(a, b, c) ((a) * (b) + (c))
-#endif
+// The tier defines PYTQ_FMA(a, b, c) = a * b + c with one rounding; contraction is off for the whole library.
 
-// e^x for x <= 0, relative error below 3e-7; 0 for x < -87.
+// Largest magnitude of queries and weights as integers: two signed bytes, value = 256 high + low.
+constexpr float FIXED_MAX = 32512.0f;
+
+// e^x for x <= 0, relative error below 4e-6; 0 for x < -87. A tier may spell the same operations with its instructions.
 PYTQ_INLINE vf exp_neg(vf x) {
     const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
     const vf low = splat(-87.0f);
-    const auto tiny = x < low;
-    x = tiny ? low : x;
+    const auto keep = x >= low;
+    x = keep ? x : low;
     const vf n = x * 1.44269504f + magic - magic;
-    vf r = x - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;
-    vf p = splat(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
+    const vf r = PYTQ_FMA(n, splat(2.12194440e-4f), PYTQ_FMA(n, splat(-0.693359375f), x));
+    vf p = splat(8.3334519073e-3f);
+    p = PYTQ_FMA(p, r, splat(4.1665795894e-2f));
+    p = PYTQ_FMA(p, r, splat(1.6666665459e-1f));
+    p = PYTQ_FMA(p, r, splat(5.0000001201e-1f));
+    p = PYTQ_FMA(p, r, splat(1.0f));
+    p = PYTQ_FMA(p, r, splat(1.0f));
     const vi e = (__builtin_convertvector(n, vi) + 127) << 23;
-    return tiny ? vf{} : p * (vf) e;
+    return keep ? p * (vf) e : vf{};
 }
 
 PYTQ_INLINE float hmax(vf v) {
@@ -66,12 +68,16 @@ PYTQ_INLINE float hmax(vf v) {
     return m;
 }
 
+// By halves: lane i with lane i + 8, then 4, 2, 1.
 PYTQ_INLINE float hsum(vf v) {
-    float s = 0.0f;
-    for (int i = 0; i < 16; i++) {
-        s += v[i];
+    float s[16];
+    store(s, v);
+    for (int w = 8; w > 0; w /= 2) {
+        for (int i = 0; i < w; i++) {
+            s[i] += s[i + w];
+        }
     }
-    return s;
+    return s[0];
 }
 
 static inline float half_to_float(uint16_t h) {
@@ -92,6 +98,20 @@ PYTQ_INLINE vf load_half(const uint16_t *p) {
         v[i] = half_to_float(p[i]);
     }
     return v;
+}
+
+// Row of q as int16, for tiers that multiply 16-bit integers.
+static inline void q_row_16(const float *q, int d, float scale, uint8_t *a, float *q_scale) {
+    float m = 0.0f;
+    for (int c = 0; c < d; c++) {
+        m = fabsf(q[c]) > m ? fabsf(q[c]) : m;
+    }
+    const float inv = m > 0.0f ? FIXED_MAX / m : 0.0f;
+    *q_scale = m / FIXED_MAX * scale;
+    for (int c = 0; c < d; c++) {
+        const int16_t v = (int16_t) lrintf(q[c] * inv);
+        memcpy(a + 2 * c, &v, 2);
+    }
 }
 
 enum mask_state { MASK_ZERO, MASK_MIXED, MASK_OUT };
@@ -163,7 +183,7 @@ PYTQ_INLINE void dot_float(const float *a, size_t lda, const float *x, size_t ld
     for (int k = 0; k < nk; k++) {
         const vf xv = load(x + (size_t) k * ldx);
         for (int i = 0; i < NR; i++) {
-            acc[i] = PYTQ_MADD(xv, splat(a[(size_t) i * lda + k]), acc[i]);
+            acc[i] = PYTQ_FMA(xv, splat(a[(size_t) i * lda + k]), acc[i]);
         }
     }
 }
@@ -195,7 +215,7 @@ void pv_float_rows(const float *w, const float *x, int dp, int n, const float *c
         vf acc[NR];
         dot_float<NR>(w, T, x + j, (size_t) dp, n, acc);
         for (int i = 0; i < NR; i++) {
-            store(o + (size_t) i * dp + j, PYTQ_MADD(acc[i], splat(f[i]), load(o + (size_t) i * dp + j) * corr[i]));
+            store(o + (size_t) i * dp + j, PYTQ_FMA(acc[i], splat(f[i]), load(o + (size_t) i * dp + j) * corr[i]));
         }
     }
 }
@@ -403,11 +423,11 @@ void run_item(const pytq_attn *a, const pytq_attn_plan *plan, int item, void *sc
             for (int j = 0; j < n; j++) {
                 v_top = v_scale[j] > v_top ? v_scale[j] : v_top;
             }
-            const float inv = v_top > 0.0f ? Tier::weight_max / v_top : 0.0f;
+            const float inv = v_top > 0.0f ? FIXED_MAX / v_top : 0.0f;
             for (int j = 0; j < T; j++) {
                 v_scale[j] = j < n ? v_scale[j] * inv : 0.0f;
             }
-            v_top /= Tier::weight_max;
+            v_top /= FIXED_MAX;
         } else {
             v_tile_float<Tier>(&a->v, &v, i0, n, a->dv, dvp, (float *) x);
         }

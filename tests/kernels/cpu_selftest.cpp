@@ -1,5 +1,5 @@
 // Compares every CPU tier of this machine (or of qemu's) with the reference: encoder and decoder to the bit, attention to
-// a bound. Standalone, so that it can be cross-compiled:
+// the scalar tier to the bit and to a double precision sum within a bound. Standalone, so that it can be cross-compiled:
 //   g++ -std=c++17 -O2 -ffp-contract=off -Icsrc tests/kernels/cpu_selftest.cpp <csrc/{ref/*.c,cpu/*.c,cpu/*.cpp} objects> -lm
 // Usage: cpu_selftest [--quick] [TIER...]   (--quick: fewer vectors and lengths, for emulators)   exit code 0 if all agree, 1 if not, 2 if a tier named on the command line is missing.
 #include "cpu/attention.h"
@@ -45,6 +45,7 @@ static float half_value(uint16_t h) {
 
 static int failures = 0, checks = 0;
 static bool quick = false;
+static unsigned tier_caps = 0;
 static void check(bool ok, const char *what, const char *tier, const char *name, double value) {
     checks++;
     if (!ok) {
@@ -172,6 +173,16 @@ static void test_attention(const char *tier, const pytq_type_info *tk, const pyt
     std::snprintf(name, sizeof(name), "%s/%s dk=%d dv=%d n_q=%d n_kv=%d heads=%d/%d streams=%d split=%d", tk ? tk->name : "float",
                   tv ? tv->name : "float", dk, dv, c.n_q, c.n_kv, c.n_head, c.n_head_kv, c.n_stream, c.split);
     check(pytq_attn_run(&a, c.split) == 0, "attention runs", tier, name, 0);
+    std::vector<float> scalar(out.size(), NAN);
+    a.dst = scalar.data();
+    pytq_force_caps(0);
+    check(pytq_attn_run(&a, c.split) == 0, "attention runs", "scalar", name, 0);
+    pytq_force_caps(tier_caps);
+    size_t other = 0;
+    for (size_t i = 0; i < out.size(); i++) {
+        other += out[i] != scalar[i];  // +0 and -0 are equal
+    }
+    check(other == 0, "same bits as the scalar tier", tier, name, (double) other);
 
     double err = 0, ref2 = 0;
     std::vector<double> p(c.n_kv), o(dv);
@@ -265,6 +276,7 @@ int main(int argc, char **argv) {
         for (int i = 1; i < argc; i++) {
             named |= std::strcmp(argv[i], t.name) == 0;
         }
+        tier_caps = t.caps;
         pytq_force_caps(t.caps);
         if (std::strcmp(pytq_cpu_tier(), t.name) != 0) {
             if (named) {
