@@ -6,6 +6,14 @@
 
 #include "pytq.h"
 
+// Graph fusion (pytq-cuda.cu finds the pattern, PYTQ_CUDA_FUSE=0 switches it off). The rotations of keys, values *and
+// queries* run in the launch that writes the cache, so attention always sees rotated queries. The rotation of the
+// result is left to the kernel that joins the splits: the launcher then gets a copy of the node whose data is the
+// rotation's result and whose op_params[pytq_rotate_output_param] is 1, and stores H x / sqrt(d) instead of x (H: Walsh
+// matrix in natural order). pytq_decode_rotates_output says that the decode launchers honour the flag.
+constexpr int pytq_rotate_output_param = 15;
+constexpr bool pytq_decode_rotates_output = false;
+
 // Attention of few query rows by the integer tensor-core kernel; false if this pair of types has no instance.
 // check: only tell.
 #define PYTQ_DECODE_FAMILIES(X) X(turbo2) X(turbo3) X(turbo4) X(kv2) X(kv3) X(kv4)
