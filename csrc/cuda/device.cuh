@@ -28,7 +28,62 @@
 #define PYTQ_GRID_CONSTANT __grid_constant__
 #endif
 
+// Which instructions may be spelled out. ggml's vendors/hip.h defines __CUDA_ARCH__ for AMD targets too.
+#if defined(__HIP_DEVICE_COMPILE__)
+#define PYTQ_AMD 1
+#elif defined(__CUDA_ARCH__) && !defined(__HIPCC__)
+#define PYTQ_PTX 1
+#endif
+
+// Instructions v_dot4_i32_i8 (or its successor) and v_dot2_f32_f16.
+#if defined(__gfx906__) || defined(__gfx908__) || defined(__gfx90a__) || defined(__gfx942__) || defined(__gfx950__) || \
+    defined(__gfx1011__) || defined(__gfx1012__) || defined(__gfx1030__) || defined(__gfx1031__) ||                    \
+    defined(__gfx1032__) || defined(__gfx1034__) || defined(__gfx1035__) || defined(__gfx1036__) ||                    \
+    defined(__GFX11__) || defined(__GFX12__)
+#define PYTQ_AMD_DOT 1
+#endif
+
 namespace pytq {
+
+#if defined(__HIPCC__)
+// HIP's own __fadd_rn and __fmul_rn may be fused to one rounding, its __fsqrt_rn is the approximate instruction.
+PYTQ_DEV float add_rn(float a, float b) {
+#pragma clang fp contract(off)
+    return a + b;
+}
+PYTQ_DEV float mul_rn(float a, float b) {
+#pragma clang fp contract(off)
+    return a * b;
+}
+PYTQ_DEV float div_rn(float a, float b) {
+    return a / b;
+}
+PYTQ_DEV float sqrt_rn(float a) {
+    return sqrtf(a);
+}
+#define __fadd_rn(a, b) pytq::add_rn(a, b)
+#define __fsub_rn(a, b) pytq::add_rn(a, -(b))
+#define __fmul_rn(a, b) pytq::mul_rn(a, b)
+#define __fdiv_rn(a, b) pytq::div_rn(a, b)
+#define __fsqrt_rn(a)   pytq::sqrt_rn(a)
+#endif
+
+// Lanes of a group of 32, whatever the hardware's wave holds: a wave of 64 is two such groups.
+#if defined(__HIPCC__)
+template <class X> PYTQ_DEV X group_xor(X x, int mask) {
+    return __shfl_xor(x, mask, 32);
+}
+PYTQ_DEV uint32_t group_ballot(bool b) {
+    return (uint32_t) (__ballot(b) >> (__lane_id() & 32));
+}
+#else
+template <class X> PYTQ_DEV X group_xor(X x, int mask) {
+    return __shfl_xor_sync(0xffffffffu, x, mask, 32);
+}
+PYTQ_DEV uint32_t group_ballot(bool b) {
+    return __ballot_sync(0xffffffffu, b);
+}
+#endif
 
 enum : int {
 #define PYTQ_FAMILY(name, index, code, scale) code_of_##name = PYTQ_CODE_##code,
@@ -90,11 +145,11 @@ PYTQ_HD constexpr int index_bits(int code, int bits) {
 
 // Byte i of the result is byte (sel >> 4 i) & 7 of b:a. Bit 3 of each selector must be 0.
 PYTQ_DEV uint32_t permute(uint32_t a, uint32_t b, uint32_t sel) {
-#if defined(__CUDA_ARCH__)
+#if defined(PYTQ_PTX)
     uint32_t r;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(sel));
     return r;
-#elif defined(__HIP_DEVICE_COMPILE__)
+#elif defined(PYTQ_AMD)
     const uint32_t s = (sel & 7u) | (sel & 0x70u) << 4 | (sel & 0x700u) << 8 | (sel & 0x7000u) << 12;
     return __builtin_amdgcn_perm(b, a, s);
 #else
@@ -109,7 +164,7 @@ PYTQ_DEV uint32_t permute(uint32_t a, uint32_t b, uint32_t sel) {
 
 // Bits of a where m has ones, bits of b elsewhere: one three-input operation.
 PYTQ_DEV uint32_t blend(uint32_t m, uint32_t a, uint32_t b) {
-#if defined(__CUDA_ARCH__)
+#if defined(PYTQ_PTX)
     uint32_t r;
     asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(r) : "r"(m), "r"(a), "r"(b));
     return r;
@@ -119,7 +174,7 @@ PYTQ_DEV uint32_t blend(uint32_t m, uint32_t a, uint32_t b) {
 }
 
 PYTQ_DEV uint32_t xor3(uint32_t a, uint32_t b, uint32_t c) {
-#if defined(__CUDA_ARCH__)
+#if defined(PYTQ_PTX)
     uint32_t r;
     asm("lop3.b32 %0, %1, %2, %3, 0x96;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
     return r;
@@ -130,7 +185,7 @@ PYTQ_DEV uint32_t xor3(uint32_t a, uint32_t b, uint32_t c) {
 
 // A constant that the compiler keeps in a register instead of moving it from a uniform register before every use.
 PYTQ_DEV uint32_t in_register(uint32_t c) {
-#if defined(__CUDA_ARCH__)
+#if defined(PYTQ_PTX)
     uint32_t r;
     asm volatile("mov.u32 %0, %1;" : "=r"(r) : "r"(c));
     return r;
@@ -141,11 +196,69 @@ PYTQ_DEV uint32_t in_register(uint32_t c) {
 
 // Low 32 bits of hi:lo >> s, 0 <= s < 32.
 PYTQ_DEV uint32_t shift_pair(uint32_t lo, uint32_t hi, uint32_t s) {
-#if defined(__CUDA_ARCH__)
+#if defined(PYTQ_PTX)
     return __funnelshift_r(lo, hi, s);
 #else
     return (uint32_t) (((uint64_t) hi << 32 | lo) >> s);
 #endif
+}
+
+PYTQ_DEV float half_bits(uint32_t h) {
+    __half_raw r;
+    r.x = (unsigned short) h;
+    return __half2float(__half(r));
+}
+
+// Byte i of the result is byte (byte i of sel) & 7 of b:a; the other bits of sel must be 0. One instruction on AMD.
+PYTQ_DEV uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t sel) {
+#if defined(PYTQ_AMD)
+    return __builtin_amdgcn_perm(b, a, sel);
+#else
+    const uint32_t pair = sel | sel >> 4;
+    return permute(a, b, (pair & 0xffu) | (pair >> 8 & 0xff00u));
+#endif
+}
+
+// acc + the dot product of four signed bytes.
+PYTQ_DEV int dot4(uint32_t a, uint32_t b, int acc) {
+#if defined(PYTQ_PTX)
+    return __dp4a((int) a, (int) b, acc);
+#elif defined(PYTQ_AMD) && (defined(__GFX11__) || defined(__GFX12__))
+    return __builtin_amdgcn_sudot4(true, (int) a, true, (int) b, acc, false);
+#elif defined(PYTQ_AMD) && defined(PYTQ_AMD_DOT)
+    return __builtin_amdgcn_sdot4((int) a, (int) b, acc, false);
+#else
+    for (int i = 0; i < 4; i++) {
+        acc += (int) (int8_t) (a >> (8 * i)) * (int) (int8_t) (b >> (8 * i));
+    }
+    return acc;
+#endif
+}
+
+// acc + the dot product of two pairs of halves, summed in float32.
+PYTQ_DEV float dot2(uint32_t a, uint32_t b, float acc) {
+#if defined(PYTQ_AMD) && defined(PYTQ_AMD_DOT)
+    typedef _Float16 pair __attribute__((ext_vector_type(2)));
+    union {
+        uint32_t u;
+        pair h;
+    } x = {a}, y = {b};
+    return __builtin_amdgcn_fdot2(x.h, y.h, acc, false);
+#else
+    acc = fmaf(half_bits(a & 0xffffu), half_bits(b & 0xffffu), acc);
+    return fmaf(half_bits(a >> 16), half_bits(b >> 16), acc);
+#endif
+}
+
+// Two halves at once: bytes of x + 128 (so 0..255) at positions s and s + 1 as halves of x.
+PYTQ_DEV uint32_t bytes_to_halves(uint32_t x, uint32_t sel) {
+    union {
+        uint32_t u;
+        __half2 h;
+    } v;
+    v.u = permute_bytes(x, 0x64646464u, sel); // 1024 + 128 + level
+    v.h = __hadd2(v.h, __float2half2_rn(-1152.0f));
+    return v.u;
 }
 
 PYTQ_DEV uint32_t as_uint(float x) {
@@ -172,12 +285,6 @@ PYTQ_DEV float log8_scale(uint32_t e) {
     const uint32_t hi = b1 ? (b0 ? 0x6ac0c7u : 0x5744fdu) : (b0 ? 0x45672au : 0x3504f3u);
     const uint32_t m = b2 ? hi : lo;
     return e == 0 ? 0.0f : as_float(((e >> 3) + 127 - PYTQ_LOG8_BIAS / 8) << 23 | m);
-}
-
-PYTQ_DEV float half_bits(uint32_t h) {
-    __half_raw r;
-    r.x = (unsigned short) h;
-    return __half2float(__half(r));
 }
 
 // ------------------------------------------------------------------------------------------------ bit planes -> levels
