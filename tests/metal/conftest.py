@@ -1,0 +1,49 @@
+"""Fixtures of the Metal tests: upstream's sources, the compiler, one directory of objects for the session."""
+
+from __future__ import annotations
+
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import metal_shim as shim
+
+# directories of the pinned archive that the tests read
+WANTED = ("ggml/include/", "ggml/src/ggml-metal/")
+WANTED_FILES = ("ggml/src/ggml-common.h", "ggml/src/ggml-impl.h", "ggml/src/ggml-backend-impl.h")
+
+
+@pytest.fixture(scope="session")
+def upstream(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The parts of the pinned llama.cpp source that these tests read, unpacked; downloaded if need be."""
+    from pytq import fetch
+    from pytq.errors import PytqError
+
+    try:
+        archive = fetch.archive()
+    except PytqError as error:
+        pytest.skip(f"no upstream source: {error}")
+    prefix = fetch.load_pin().path.rstrip("/") + "/"
+    target = tmp_path_factory.mktemp("upstream")
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            name = member.name.removeprefix(prefix)
+            if name == member.name or not member.isfile() or not name.startswith(WANTED + WANTED_FILES):
+                continue
+            data = tar.extractfile(member)
+            assert data is not None
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (target / name).write_bytes(data.read())
+    return target
+
+
+@pytest.fixture(scope="session")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where compiled sources lie; skips if no compiler knows _Float16."""
+    if shim.compiler() is None:
+        pytest.skip("no clang++ or g++ (12 or newer) with _Float16")
+    return tmp_path_factory.mktemp("metal")
