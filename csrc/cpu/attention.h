@@ -70,6 +70,11 @@ void pytq_attn_merge(const pytq_attn * a, const pytq_attn_plan * plan, int threa
 // for.
 int pytq_attn_run(const pytq_attn * a, int split);
 
+// Fast Walsh-Hadamard transform of one row, y = H (scale x), n a power of two from 32 to 512; y may be x. Strides 1, 2,
+// 4, ... in this order, so the bits are those of any radix-2 transform that scales first (ggml's is one).
+int pytq_fwht_supported(int64_t n);
+void pytq_fwht(const float * x, float * y, int n, float scale);
+
 #ifdef __cplusplus
 }
 #endif

@@ -148,7 +148,7 @@ void qk_rows(const pytq_type_info * t, const int16_t * a, size_t lda, const floa
     const int d = t->head_dim;
     const size_t block = (size_t) d * 16;
     for (int j = 0; j < n; j += 16) {
-        __m256 sum[NR][2];
+        __m256 sum[NR][2] = {};
         for (int g = 0, at = 0; g < t->n_groups; at += t->group_len[g++]) {
             yi acc[NR][2];
             dot<NR, 2>(a + at, lda, x + (size_t) j / 8 * block + (size_t) at * 16, block, t->group_len[g] / 2, acc);
@@ -226,6 +226,23 @@ struct Tier {
     static float max16(vf v) { return hmax(v); }
     static float sum16(vf v) { return hsum(v); }
     static mask_state mask_of(const uint16_t * m, int n) { return classify(m, n); }
+    static vf fwht16(vf x) {
+        // the sign makes v + other or other - v of one fused operation, exactly
+        const __m256 s1 = _mm256_setr_ps(1, -1, 1, -1, 1, -1, 1, -1), s2 = _mm256_setr_ps(1, 1, -1, -1, 1, 1, -1, -1);
+        const __m256 s4 = _mm256_setr_ps(1, 1, 1, 1, -1, -1, -1, -1);
+        vf_halves a;
+        a.v = x;
+        for (int i = 0; i < 2; i++) {
+            __m256 v = a.h[i];
+            v = _mm256_fmadd_ps(v, s1, _mm256_permute_ps(v, 0xb1));
+            v = _mm256_fmadd_ps(v, s2, _mm256_permute_ps(v, 0x4e));
+            a.h[i] = _mm256_fmadd_ps(v, s4, _mm256_permute2f128_ps(v, v, 1));
+        }
+        const __m256 u = a.h[0], w = a.h[1];
+        a.h[0] = _mm256_add_ps(u, w);
+        a.h[1] = _mm256_sub_ps(u, w);
+        return a.v;
+    }
     static bool k_integer(const pytq_type_info *) { return true; }
     static bool v_integer(const pytq_type_info * t) { return t->n_groups == 1; }
     static int v_width(const pytq_type_info * t) { return t->head_dim; }
@@ -324,7 +341,7 @@ struct Tier {
     }
 };
 
-const pytq_cpu_tier_row row = {"avx2", PYTQ_CAP_AVX2, encode, decode, run_item<Tier>, run_merge<Tier>};
+const pytq_cpu_tier_row row = {"avx2", PYTQ_CAP_AVX2, encode, decode, run_item<Tier>, run_merge<Tier>, run_fwht<Tier>};
 
 } // namespace
 

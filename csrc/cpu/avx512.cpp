@@ -511,6 +511,17 @@ struct Tier {
         return _mm512_test_epi16_mask(any, any) == 0 ? MASK_ZERO : odd == 0 ? MASK_OUT : MASK_MIXED;
     }
 
+    // sums in the lanes where the bit is 0, differences where it is 1
+    static vf fwht16(vf x) {
+        const auto step = [](__m512 v, __m512 other, __mmask16 ones) {
+            return _mm512_mask_sub_ps(_mm512_add_ps(other, v), ones, other, v);
+        };
+        __m512 v = (__m512) x;
+        v = step(v, _mm512_permute_ps(v, 0xb1), 0xaaaa);
+        v = step(v, _mm512_permute_ps(v, 0x4e), 0xcccc);
+        v = step(v, _mm512_shuffle_f32x4(v, v, 0xb1), 0xf0f0);
+        return (vf) step(v, _mm512_shuffle_f32x4(v, v, 0x4e), 0xff00);
+    }
     static bool k_integer(const pytq_type_info *) { return true; }
     static bool v_integer(const pytq_type_info * t) { return t->n_groups == 1; }
     static int v_width(const pytq_type_info * t) { return (t->head_dim + 31) & ~31; }
@@ -643,9 +654,19 @@ struct search_table {
     float step;
 };
 
+// Index of cost X at a location: bits of the state after the step; z1 = s0 ^ s5 ^ c, of which X holds s5 alone, and Y
+// is X ^ 2. Linear over the location's bits, so registers share permuted costs: 2 to 4 of them serve all 8 uses of a
+// step.
+constexpr int state_bit(int phase, int l, int k) {
+    return l >> ((k - phase - 1 + 12) % 6) & 1;
+}
+constexpr int cost_index(int phase, int l) {
+    return 2 * state_bit(phase, l, 5) + (state_bit(phase, l, 2) ^ state_bit(phase, l, 4));
+}
+
 struct encoder_tables {
     search_table table[2][6];
-    alignas(64) int32_t x[6][4][16]; // index of cost X for each phase, register and lane; Y = X ^ 2
+    alignas(64) int32_t x[6][4][16]; // index of cost X of register 0 for each phase and lane, xor 0..3
     encoder_tables() {
         memset(table, 0, sizeof(table));
         for (int code = 0; code < 2; code++) {
@@ -668,9 +689,7 @@ struct encoder_tables {
         }
         for (int phase = 0; phase < 6; phase++) {
             for (int l = 0; l < 64; l++) {
-                // bits of the state after the step; z1 = s0 ^ s5 ^ c, of which X holds s5 alone
-                auto bit = [&](int k) { return l >> ((k - phase - 1 + 12) % 6) & 1; };
-                x[phase][l / 16][l % 16] = 2 * bit(5) + (bit(2) ^ bit(4));
+                x[phase][l / 16][l % 16] = cost_index(phase, l % 16) ^ (l / 16);
             }
         }
     }
@@ -708,83 +727,102 @@ PYTQ_INLINE zi nearest(__m512 y, const float * limit, int n_sub) {
     return i;
 }
 
-struct viterbi_work {
-    alignas(64) float cost[PYTQ_MAX_HEAD_DIM * 4]; // 16 coordinates: [t & 3][t >> 2 & 3][subset]
+// One vector on its way through the encoder.
+struct trellis_job {
     alignas(64) uint8_t best[4][PYTQ_MAX_HEAD_DIM];
     alignas(64) uint16_t decision[PYTQ_MAX_HEAD_DIM][4]; // set where the older bit differs from location bit b
+    const float * x;
+    uint8_t * out;
+    int e[PYTQ_MAX_GROUPS];
+    unsigned loc; // where the best path ends
+    uint64_t u[4];
 };
 
+typedef float cost_table[PYTQ_MAX_HEAD_DIM * 4]; // 16 coordinates: [t & 3][t >> 2 & 3][subset]
+
+// Registers R and R + D, where the two predecessors of a state lie in both.
+template <int PHASE, int R, int D>
+PYTQ_INLINE void across_registers(const __m512 * x, __m512 * m, uint16_t * decision) {
+    constexpr int c = cost_index(PHASE, 16 * R);
+    const __m512 ax = _mm512_add_ps(m[R], x[c]), by = _mm512_add_ps(m[R + D], x[c ^ 2]);
+    const __m512 ay = _mm512_add_ps(m[R], x[c ^ 2]), bx = _mm512_add_ps(m[R + D], x[c]);
+    decision[R] = (uint16_t) _mm512_cmp_ps_mask(by, ax, _CMP_LT_OQ);
+    decision[R + D] = (uint16_t) _mm512_cmp_ps_mask(ay, bx, _CMP_LE_OQ);
+    m[R] = _mm512_min_ps(by, ax);
+    m[R + D] = _mm512_min_ps(bx, ay);
+}
+
+// Register R, where they lie in two of its lanes.
+template <int PHASE, int R> PYTQ_INLINE void across_lanes(const __m512 * x, __m512 * m, uint16_t * decision) {
+    constexpr int B = 5 - PHASE, c = cost_index(PHASE, 16 * R);
+    constexpr unsigned ones = B == 3 ? 0xff00 : B == 2 ? 0xf0f0 : B == 1 ? 0xcccc : 0xaaaa;
+    const __m512 v = m[R];
+    const __m512 w = B == 3   ? _mm512_shuffle_f32x4(v, v, 0x4e)
+                     : B == 2 ? _mm512_shuffle_f32x4(v, v, 0xb1)
+                     : B == 1 ? _mm512_permute_ps(v, 0x4e)
+                              : _mm512_permute_ps(v, 0xb1);
+    const __m512 vx = _mm512_add_ps(v, x[c]), wy = _mm512_add_ps(w, x[c ^ 2]);
+    // wy < vx, but wy <= vx in the lanes where location bit B is 1: metrics are not negative, so their bits order them
+    const zi limit = _mm512_add_epi32(_mm512_castps_si512(vx), _mm512_maskz_set1_epi32((__mmask16) ones, 1));
+    decision[R] = (uint16_t) _mm512_cmplt_epi32_mask(_mm512_castps_si512(wy), limit);
+    m[R] = _mm512_min_ps(vx, wy);
+}
+
+// Spelled out register by register: a loop that is not unrolled would keep the metrics in memory.
 template <int PHASE>
 PYTQ_INLINE void viterbi_step(const encoder_tables & tab, const float * cost4, __m512 * m, uint16_t * decision) {
-    constexpr int B = 5 - PHASE;
     const __m512 cost = _mm512_broadcast_f32x4(_mm_load_ps(cost4));
-    const zi two = _mm512_set1_epi32(2);
-    if (B >= 4) {
-        constexpr int D = B == 5 ? 2 : 1;
-        for (int i = 0; i < 2; i++) {
-            const int lo = B == 5 ? i : 2 * i;
-            const zi xi = _mm512_load_si512(tab.x[PHASE][lo]);
-            const __m512 x = _mm512_permutevar_ps(cost, xi), y = _mm512_permutevar_ps(cost, _mm512_xor_si512(xi, two));
-            const __m512 ax = _mm512_add_ps(m[lo], x), by = _mm512_add_ps(m[lo + D], y);
-            const __m512 ay = _mm512_add_ps(m[lo], y), bx = _mm512_add_ps(m[lo + D], x);
-            decision[lo] = (uint16_t) _mm512_cmp_ps_mask(by, ax, _CMP_LT_OQ);
-            decision[lo + D] = (uint16_t) _mm512_cmp_ps_mask(ay, bx, _CMP_LE_OQ);
-            m[lo] = _mm512_min_ps(by, ax);
-            m[lo + D] = _mm512_min_ps(bx, ay);
-        }
+    const __m512 x[4] = {_mm512_permutevar_ps(cost, _mm512_load_si512(tab.x[PHASE][0])),
+                         _mm512_permutevar_ps(cost, _mm512_load_si512(tab.x[PHASE][1])),
+                         _mm512_permutevar_ps(cost, _mm512_load_si512(tab.x[PHASE][2])),
+                         _mm512_permutevar_ps(cost, _mm512_load_si512(tab.x[PHASE][3]))};
+    if (PHASE == 0) {
+        across_registers<0, 0, 2>(x, m, decision);
+        across_registers<0, 1, 2>(x, m, decision);
+    } else if (PHASE == 1) {
+        across_registers<1, 0, 1>(x, m, decision);
+        across_registers<1, 2, 1>(x, m, decision);
     } else {
-        constexpr unsigned ones = B == 3 ? 0xff00 : B == 2 ? 0xf0f0 : B == 1 ? 0xcccc : 0xaaaa;
-        for (int r = 0; r < 4; r++) {
-            const __m512 v = m[r];
-            const __m512 w = B == 3   ? _mm512_shuffle_f32x4(v, v, 0x4e)
-                             : B == 2 ? _mm512_shuffle_f32x4(v, v, 0xb1)
-                             : B == 1 ? _mm512_permute_ps(v, 0x4e)
-                                      : _mm512_permute_ps(v, 0xb1);
-            const zi xi = _mm512_load_si512(tab.x[PHASE][r]);
-            const __m512 vx = _mm512_add_ps(v, _mm512_permutevar_ps(cost, xi));
-            const __m512 wy = _mm512_add_ps(w, _mm512_permutevar_ps(cost, _mm512_xor_si512(xi, two)));
-            // wy < vx, but wy <= vx in the lanes where location bit B is 1: metrics are not negative, so their bits
-            // order them
-            const zi limit = _mm512_add_epi32(_mm512_castps_si512(vx), _mm512_maskz_set1_epi32((__mmask16) ones, 1));
-            decision[r] = (uint16_t) _mm512_cmplt_epi32_mask(_mm512_castps_si512(wy), limit);
-            m[r] = _mm512_min_ps(vx, wy);
-        }
+        across_lanes<PHASE, 0>(x, m, decision);
+        across_lanes<PHASE, 1>(x, m, decision);
+        across_lanes<PHASE, 2>(x, m, decision);
+        across_lanes<PHASE, 3>(x, m, decision);
     }
 }
 
-PYTQ_INLINE const float * cost_of(const viterbi_work * w, int t) {
-    return w->cost + (t & ~15) * 4 + (t & 3) * 16 + (t >> 2 & 3) * 4;
+PYTQ_INLINE const float * cost_of(const float * cost, int t) {
+    return cost + (t & ~15) * 4 + (t & 3) * 16 + (t >> 2 & 3) * 4;
 }
 
-// Coded bits of the best path.
-static void viterbi(viterbi_work * w, int d, uint64_t * u) {
+// Decisions of every step and the location where the best path ends.
+static void viterbi(const cost_table & cost, int d, trellis_job * w) {
     const encoder_tables & tab = tables();
     __m512 m[4];
     m[1] = m[2] = m[3] = _mm512_set1_ps(1e30f);
     m[0] = _mm512_mask_mov_ps(m[1], 1, _mm512_setzero_ps());
     int t = 0;
     for (; t + 6 <= d; t += 6) {
-        viterbi_step<0>(tab, cost_of(w, t), m, w->decision[t]);
-        viterbi_step<1>(tab, cost_of(w, t + 1), m, w->decision[t + 1]);
-        viterbi_step<2>(tab, cost_of(w, t + 2), m, w->decision[t + 2]);
-        viterbi_step<3>(tab, cost_of(w, t + 3), m, w->decision[t + 3]);
-        viterbi_step<4>(tab, cost_of(w, t + 4), m, w->decision[t + 4]);
-        viterbi_step<5>(tab, cost_of(w, t + 5), m, w->decision[t + 5]);
+        viterbi_step<0>(tab, cost_of(cost, t), m, w->decision[t]);
+        viterbi_step<1>(tab, cost_of(cost, t + 1), m, w->decision[t + 1]);
+        viterbi_step<2>(tab, cost_of(cost, t + 2), m, w->decision[t + 2]);
+        viterbi_step<3>(tab, cost_of(cost, t + 3), m, w->decision[t + 3]);
+        viterbi_step<4>(tab, cost_of(cost, t + 4), m, w->decision[t + 4]);
+        viterbi_step<5>(tab, cost_of(cost, t + 5), m, w->decision[t + 5]);
     }
     if (t < d) {
-        viterbi_step<0>(tab, cost_of(w, t), m, w->decision[t]);
+        viterbi_step<0>(tab, cost_of(cost, t), m, w->decision[t]);
     }
     if (t + 1 < d) {
-        viterbi_step<1>(tab, cost_of(w, t + 1), m, w->decision[t + 1]);
+        viterbi_step<1>(tab, cost_of(cost, t + 1), m, w->decision[t + 1]);
     }
     if (t + 2 < d) {
-        viterbi_step<2>(tab, cost_of(w, t + 2), m, w->decision[t + 2]);
+        viterbi_step<2>(tab, cost_of(cost, t + 2), m, w->decision[t + 2]);
     }
     if (t + 3 < d) {
-        viterbi_step<3>(tab, cost_of(w, t + 3), m, w->decision[t + 3]);
+        viterbi_step<3>(tab, cost_of(cost, t + 3), m, w->decision[t + 3]);
     }
     if (t + 4 < d) {
-        viterbi_step<4>(tab, cost_of(w, t + 4), m, w->decision[t + 4]);
+        viterbi_step<4>(tab, cost_of(cost, t + 4), m, w->decision[t + 4]);
     }
     const __m512 top =
         _mm512_set1_ps(_mm512_reduce_min_ps(_mm512_min_ps(_mm512_min_ps(m[0], m[1]), _mm512_min_ps(m[2], m[3]))));
@@ -793,7 +831,6 @@ static void viterbi(viterbi_work * w, int d, uint64_t * u) {
         ties |= (uint64_t) _mm512_cmp_ps_mask(m[r], top, _CMP_EQ_OQ) << (16 * r);
     }
     // of equal metrics the lowest state wins; state bit k is location bit (k - d) mod 6
-    unsigned loc = 0;
     int lowest = PYTQ_TRELLIS_STATES;
     for (; ties; ties &= ties - 1) {
         const int l = __builtin_ctzll(ties);
@@ -803,15 +840,30 @@ static void viterbi(viterbi_work * w, int d, uint64_t * u) {
         }
         if (state < lowest) {
             lowest = state;
-            loc = (unsigned) l;
+            w->loc = (unsigned) l;
         }
     }
-    memset(u, 0, 4 * sizeof(*u));
+}
+
+// Coded bits of N best paths. One path is a chain of some ten cycles per step, so several are followed at once.
+template <int N> void trace_back(trellis_job * w, int d) {
+    unsigned loc[N];
+    uint64_t word[N];
+    for (int v = 0; v < N; v++) {
+        loc[v] = w[v].loc;
+        word[v] = 0;
+    }
     for (int b = 5 - (d - 1) % 6, i = d - 1; i >= 0; i--) {
-        uint64_t bits;
-        memcpy(&bits, w->decision[i], 8);
-        u[i >> 6] |= (uint64_t) (loc >> b & 1) << (i & 63);
-        loc ^= (unsigned) (bits >> loc & 1) << b;
+        for (int v = 0; v < N; v++) {
+            uint64_t bits;
+            memcpy(&bits, w[v].decision[i], 8);
+            word[v] = word[v] << 1 | (loc[v] >> b & 1);
+            loc[v] ^= (unsigned) (bits >> loc[v] & 1) << b;
+            if (i % 64 == 0) {
+                w[v].u[i / 64] = word[v];
+                word[v] = 0;
+            }
+        }
         b = b == 5 ? 0 : b + 1;
     }
 }
@@ -838,11 +890,13 @@ static void store_plane(const pytq_type_info * t, int p, int word, uint64_t bits
     }
 }
 
-static void encode_trellis(const pytq_type_info * t, const float * x, uint8_t * out) {
+static void search_trellis(const pytq_type_info * t, const float * x, uint8_t * out, trellis_job * w) {
     const float * log8 = pytq_log8_table();
     const int d = t->head_dim;
-    viterbi_work w;
-    int e[PYTQ_MAX_GROUPS];
+    alignas(64) cost_table cost;
+    int * const e = w->e;
+    w->x = x;
+    w->out = out;
     for (int g = 0, at = 0; g < t->n_groups; at += t->group_len[g++]) {
         const int n = t->group_len[g];
         const search_table & s = tables().table[PYTQ_CODE_TRELLIS][t->group_bits[g]];
@@ -860,7 +914,7 @@ static void encode_trellis(const pytq_type_info * t, const float * x, uint8_t * 
                 const zi k = nearest(y, s.limit[z], s.n_sub);
                 const __m512 err = _mm512_sub_ps(y, _mm512_permutexvar_ps(k, _mm512_load_ps(s.level[z])));
                 c[z] = _mm512_mul_ps(weight, _mm512_mul_ps(err, err));
-                _mm512_mask_cvtepi32_storeu_epi8(w.best[z] + i, mine, k);
+                _mm512_mask_cvtepi32_storeu_epi8(w->best[z] + i, mine, k);
             }
             const zi lo = _mm512_castps_si512(_mm512_unpacklo_ps(c[0], c[1])),
                      hi = _mm512_castps_si512(_mm512_unpackhi_ps(c[0], c[1]));
@@ -873,19 +927,25 @@ static void encode_trellis(const pytq_type_info * t, const float * x, uint8_t * 
                 for (int j = 0; j < 4; j++) {
                     lanes |= (mine >> (4 * j + k) & 1) ? 0xfu << (4 * j) : 0;
                 }
-                _mm512_mask_store_epi32(w.cost + i * 4 + k * 16, (__mmask16) lanes, rows[k]);
+                _mm512_mask_store_epi32(cost + i * 4 + k * 16, (__mmask16) lanes, rows[k]);
             }
         }
     }
-    uint64_t u[4];
-    viterbi(&w, d, u);
+    viterbi(cost, d, w);
+}
 
+static void store_trellis(const pytq_type_info * t, const trellis_job * w) {
+    const float * log8 = pytq_log8_table();
+    const int d = t->head_dim;
+    const float * const x = w->x;
+    const int * const e = w->e;
+    uint8_t * const out = w->out;
     alignas(64) float level[PYTQ_MAX_HEAD_DIM];
     for (int word = 0; 64 * word < d; word++) {
-        const uint64_t now = u[word], before = word ? u[word - 1] : 0;
+        const uint64_t now = w->u[word], before = word ? w->u[word - 1] : 0;
         auto delayed = [&](int k) { return now << k | before >> (64 - k); };
         const uint64_t z1 = now ^ delayed(5) ^ delayed(6), z0 = delayed(2) ^ delayed(4);
-        const uint8_t * b = w.best[0] + 64 * word;
+        const uint8_t * b = w->best[0] + 64 * word;
         const size_t stride = PYTQ_MAX_HEAD_DIM;
         const zi n0 = _mm512_mask_blend_epi8(z0, _mm512_loadu_si512(b), _mm512_loadu_si512(b + stride));
         const zi n1 =
@@ -961,8 +1021,32 @@ static void encode_scalar(const pytq_type_info * t, const float * x, uint8_t * o
     memcpy(out, &h, 2);
 }
 
+static void finish_trellis(const pytq_type_info * t, trellis_job * w, int n) {
+    switch (n) {
+        case 4:
+            trace_back<4>(w, t->head_dim);
+            break;
+        case 3:
+            trace_back<3>(w, t->head_dim);
+            break;
+        case 2:
+            trace_back<2>(w, t->head_dim);
+            break;
+        case 1:
+            trace_back<1>(w, t->head_dim);
+            break;
+        default:
+            break;
+    }
+    for (int v = 0; v < n; v++) {
+        store_trellis(t, w + v);
+    }
+}
+
 void Tier::quantize(const pytq_type_info * t, const float * x, void * y, int64_t n) {
     uint8_t * out = (uint8_t *) y;
+    trellis_job jobs[4];
+    int waiting = 0;
     for (int64_t at = 0; at < n; at += t->head_dim, out += t->block_bytes, x += t->head_dim) {
         __m512 top = _mm512_setzero_ps();
         __mmask16 bad = 0;
@@ -977,9 +1061,14 @@ void Tier::quantize(const pytq_type_info * t, const float * x, void * y, int64_t
         } else if (t->code == PYTQ_CODE_SCALAR) {
             encode_scalar(t, x, out);
         } else {
-            encode_trellis(t, x, out);
+            search_trellis(t, x, out, &jobs[waiting++]);
+            if (waiting == 4) {
+                finish_trellis(t, jobs, waiting);
+                waiting = 0;
+            }
         }
     }
+    finish_trellis(t, jobs, waiting);
 }
 
 void Tier::dequantize(const pytq_type_info * t, const void * y, float * x, int64_t n) {
@@ -1034,7 +1123,8 @@ void Tier::dequantize(const pytq_type_info * t, const void * y, float * x, int64
 }
 
 const pytq_cpu_tier_row row = {
-    "avx512", PYTQ_CAP_AVX2 | PYTQ_CAP_AVX512, Tier::quantize, Tier::dequantize, run_item<Tier>, run_merge<Tier>};
+    "avx512",      PYTQ_CAP_AVX2 | PYTQ_CAP_AVX512, Tier::quantize, Tier::dequantize, run_item<Tier>, run_merge<Tier>,
+    run_fwht<Tier>};
 
 } // namespace
 

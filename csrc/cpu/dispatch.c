@@ -102,3 +102,11 @@ void pytq_attn_merge(const pytq_attn * a, const pytq_attn_plan * plan, int threa
                      const void * partials) {
     pytq_cpu_tier_current()->attn_merge(a, plan, thread, n_threads, partials);
 }
+
+int pytq_fwht_supported(int64_t n) {
+    return n >= 32 && n <= 512 && (n & (n - 1)) == 0;
+}
+
+void pytq_fwht(const float * x, float * y, int n, float scale) {
+    pytq_cpu_tier_current()->fwht(x, y, n, scale);
+}

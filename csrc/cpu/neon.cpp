@@ -206,6 +206,26 @@ struct Tier {
     static float max16(vf v) { return hmax(v); }
     static float sum16(vf v) { return hsum(v); }
     static mask_state mask_of(const uint16_t * m, int n) { return classify(m, n); }
+    static vf fwht16(vf x) {
+        static const float s1[4] = {1, -1, 1, -1}, s2[4] = {1, 1, -1, -1};
+        const float32x4_t v1 = vld1q_f32(s1), v2 = vld1q_f32(s2);
+        vf_quarters a;
+        a.v = x;
+        for (int i = 0; i < 4; i++) {
+            const float32x4_t v = vfmaq_f32(vrev64q_f32(a.q[i]), a.q[i], v1);
+            a.q[i] = vfmaq_f32(vextq_f32(v, v, 2), v, v2);
+        }
+        for (int len = 1; len < 4; len *= 2) {
+            for (int i = 0; i < 4; i++) {
+                if ((i & len) == 0) {
+                    const float32x4_t u = a.q[i], w = a.q[i + len];
+                    a.q[i] = vaddq_f32(u, w);
+                    a.q[i + len] = vsubq_f32(u, w);
+                }
+            }
+        }
+        return a.v;
+    }
     static bool k_integer(const pytq_type_info *) { return true; }
     static bool v_integer(const pytq_type_info * t) { return t->n_groups == 1; }
     static int v_width(const pytq_type_info * t) { return t->head_dim; }
@@ -316,7 +336,7 @@ struct Tier {
     }
 };
 
-const pytq_cpu_tier_row row = {"neon", PYTQ_CAP_NEON, encode, decode, run_item<Tier>, run_merge<Tier>};
+const pytq_cpu_tier_row row = {"neon", PYTQ_CAP_NEON, encode, decode, run_item<Tier>, run_merge<Tier>, run_fwht<Tier>};
 
 } // namespace
 

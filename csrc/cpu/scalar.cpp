@@ -45,6 +45,18 @@ struct Tier {
     static float max16(vf v) { return hmax(v); }
     static float sum16(vf v) { return hsum(v); }
     static mask_state mask_of(const uint16_t * m, int n) { return classify(m, n); }
+    static vf fwht16(vf v) {
+        for (int len = 1; len < 16; len *= 2) {
+            for (int i = 0; i < 16; i++) {
+                if ((i & len) == 0) {
+                    const float a = v[i], b = v[i + len];
+                    v[i] = a + b;
+                    v[i + len] = a - b;
+                }
+            }
+        }
+        return v;
+    }
     static bool k_integer(const pytq_type_info *) { return true; }
     static bool v_integer(const pytq_type_info * t) { return t->n_groups == 1; }
     static int v_width(const pytq_type_info * t) { return t->head_dim; }
@@ -109,7 +121,8 @@ struct Tier {
     }
 };
 
-const pytq_cpu_tier_row row = {"scalar", 0, pytq_quantize_ref, pytq_dequantize_ref, run_item<Tier>, run_merge<Tier>};
+const pytq_cpu_tier_row row = {
+    "scalar", 0, pytq_quantize_ref, pytq_dequantize_ref, run_item<Tier>, run_merge<Tier>, run_fwht<Tier>};
 
 } // namespace
 

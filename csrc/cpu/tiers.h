@@ -20,6 +20,7 @@ typedef struct pytq_cpu_tier_row {
     void (*attn_item)(const pytq_attn * a, const pytq_attn_plan * plan, int item, void * scratch, void * partials);
     void (*attn_merge)(const pytq_attn * a, const pytq_attn_plan * plan, int thread, int n_threads,
                        const void * partials);
+    void (*fwht)(const float * x, float * y, int n, float scale);
 } pytq_cpu_tier_row;
 
 // NULL on machines of another architecture.

@@ -230,6 +230,40 @@ static void pv_float(const float *w, int nr, const float *x, int dp, int n, cons
     }
 }
 
+// ------------------------------------------------------------------------------------------------ Walsh-Hadamard transform
+
+// All in registers: the 16 lanes of each first (Tier::fwht16), then pairs of registers.
+template <class Tier, int N>
+void fwht_row(const float *x, float *y, float scale) {
+    vf r[N / 16];
+    for (int i = 0; i < N / 16; i++) {
+        r[i] = Tier::fwht16(load(x + 16 * i) * scale);
+    }
+    for (int len = 1; len < N / 16; len *= 2) {
+        for (int i = 0; i < N / 16; i++) {
+            if ((i & len) == 0) {
+                const vf u = r[i], v = r[i + len];
+                r[i] = u + v;
+                r[i + len] = u - v;
+            }
+        }
+    }
+    for (int i = 0; i < N / 16; i++) {
+        store(y + 16 * i, r[i]);
+    }
+}
+
+template <class Tier>
+void run_fwht(const float *x, float *y, int n, float scale) {
+    switch (n) {
+        case 32: fwht_row<Tier, 32>(x, y, scale); break;
+        case 64: fwht_row<Tier, 64>(x, y, scale); break;
+        case 128: fwht_row<Tier, 128>(x, y, scale); break;
+        case 256: fwht_row<Tier, 256>(x, y, scale); break;
+        default: fwht_row<Tier, 512>(x, y, scale); break;
+    }
+}
+
 // ------------------------------------------------------------------------------------------------ softmax of one row and tile
 
 typedef struct {

@@ -8,6 +8,7 @@
 #include "pytq.h"
 
 #include <atomic>
+#include <cmath>
 #include <cstring>
 
 static bool is_pytq(const ggml_tensor * t) {
@@ -115,17 +116,38 @@ bool pytq_flash_attn_ext(const ggml_compute_params * params, ggml_tensor * dst) 
     char * scratch = aligned + params->ith * plan.scratch_bytes;
     char * partials = aligned + params->nth * plan.scratch_bytes;
 
-    if (params->ith == 0) {
-        // every thread begins with the item of its own number
-        ggml_threadpool_chunk_set(params->threadpool, params->nth);
+    const bool shared = plan.n_items > params->nth;
+    if (shared) {
+        if (params->ith == 0) {
+            // every thread begins with the item of its own number
+            ggml_threadpool_chunk_set(params->threadpool, params->nth);
+        }
+        ggml_barrier(params->threadpool);
     }
-    ggml_barrier(params->threadpool);
-    for (int item = params->ith; item < plan.n_items; item = ggml_threadpool_chunk_add(params->threadpool, 1)) {
+    for (int item = params->ith; item < plan.n_items;
+         item = shared ? ggml_threadpool_chunk_add(params->threadpool, 1) : plan.n_items) {
         pytq_attn_item(&a, &plan, item, scratch, partials);
     }
     if (plan.n_chunks > 1) {
         ggml_barrier(params->threadpool);
         pytq_attn_merge(&a, &plan, params->ith, params->nth, partials);
+    }
+    return true;
+}
+
+bool pytq_fwht_node(const ggml_compute_params * params, ggml_tensor * dst) {
+    const ggml_tensor * src = dst->src[1];
+    if (src->type != GGML_TYPE_F32 || !pytq_fwht_supported(src->ne[0])) {
+        return false;
+    }
+    const int64_t rows = ggml_nrows(src), per_thread = (rows + params->nth - 1) / params->nth;
+    const int64_t first = params->ith * per_thread, end = first + per_thread < rows ? first + per_thread : rows;
+    const float scale = 1.0f / sqrtf((float) src->ne[0]);
+    for (int64_t r = first; r < end; r++) {
+        const int64_t i3 = r / (src->ne[1] * src->ne[2]), i2 = r / src->ne[1] % src->ne[2], i1 = r % src->ne[1];
+        pytq_fwht((const float *) ((const char *) src->data + i1 * src->nb[1] + i2 * src->nb[2] + i3 * src->nb[3]),
+                  (float *) ((char *) dst->data + i1 * dst->nb[1] + i2 * dst->nb[2] + i3 * dst->nb[3]),
+                  (int) src->ne[0], scale);
     }
     return true;
 }

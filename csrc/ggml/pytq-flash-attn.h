@@ -18,6 +18,10 @@ bool pytq_flash_attn_ext(const struct ggml_compute_params * params, struct ggml_
 // Bytes of work memory that pytq_flash_attn_ext wants for this node, 0 if it does not take it.
 size_t pytq_flash_attn_ext_work_size(const struct ggml_tensor * node, int n_tasks);
 
+// Computes a Walsh-Hadamard node (MUL_MAT with the Hadamard hint) if the size fits; same bits as upstream's kernel,
+// which takes 5 % of a short prompt. false leaves it to that.
+bool pytq_fwht_node(const struct ggml_compute_params * params, struct ggml_tensor * dst);
+
 #ifdef __cplusplus
 }
 #endif

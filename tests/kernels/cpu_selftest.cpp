@@ -100,6 +100,32 @@ static void test_codec(const char *tier) {
     }
 }
 
+static void test_fwht(const char *tier) {
+    for (int n = 32; n <= 512; n *= 2) {
+        check(pytq_fwht_supported(n), "fwht takes the size", tier, "", n);
+        std::vector<float> x(n), y(n), want(n);
+        for (auto &v : x) {
+            v = gauss();
+        }
+        const float scale = 1.0f / std::sqrt((float) n);
+        for (int i = 0; i < n; i++) {
+            want[i] = x[i] * scale;
+        }
+        for (int len = 1; len < n; len *= 2) {
+            for (int i = 0; i < n; i++) {
+                if ((i & len) == 0) {
+                    const float u = want[i], v = want[i + len];
+                    want[i] = u + v;
+                    want[i + len] = u - v;
+                }
+            }
+        }
+        pytq_fwht(x.data(), y.data(), n, scale);
+        check(std::memcmp(y.data(), want.data(), y.size() * sizeof(float)) == 0, "fwht", tier, "", n);
+    }
+    check(!pytq_fwht_supported(80) && !pytq_fwht_supported(16) && !pytq_fwht_supported(1024), "fwht refuses other sizes", tier, "", 0);
+}
+
 struct shape {
     int n_q, n_kv, n_head, n_head_kv, n_stream;
     bool mask, alibi, sinks;
@@ -232,6 +258,7 @@ static void test_attention(const char *tier, const pytq_type_info *tk, const pyt
 
 static void test_tier(const char *tier) {
     test_codec(tier);
+    test_fwht(tier);
     static const int odd[] = {1, 2, 7, 15, 16, 17, 31, 33, 63, 127, 128, 129, 255, 300, 513};
     const shape decode = {1, 200, 8, 2, 1, true, false, false, 0.0f, 1};
     for (int i = 0; const pytq_type_info *t = pytq_type_at(i); i++) {
