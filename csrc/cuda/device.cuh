@@ -105,6 +105,9 @@ template <int ID> struct type; // only the rows of types.def exist
         static constexpr int n_groups = PYTQ_NG(n1, n2), bits = b0;                                                    \
         static constexpr int data_off = n_groups * scale_bytes;                                                        \
         static constexpr int block_bytes = PYTQ_BLOCK_BYTES(scale_bytes, n0, b0, n1, b1, n2, b2);                      \
+        template <int G> static constexpr int group_len = G == 0 ? n0 : G == 1 ? n1 : n2;                              \
+        template <int G> static constexpr int group_bits = G == 0 ? b0 : G == 1 ? b1 : b2;                             \
+        template <int P> static constexpr int plane_len = (b0 > P ? n0 : 0) + (b1 > P ? n1 : 0) + (b2 > P ? n2 : 0);   \
     };
 #include "../types.def"
 
@@ -183,15 +186,30 @@ PYTQ_DEV uint32_t xor3(uint32_t a, uint32_t b, uint32_t c) {
 #endif
 }
 
-// A constant that the compiler keeps in a register instead of moving it from a uniform register before every use.
+// A constant that the compiler keeps in a register instead of moving it from a uniform register before every use. On
+// AMD a scalar register, filled where it is asked for: hoisted out of loops, the tables of all types would spill.
 PYTQ_DEV uint32_t in_register(uint32_t c) {
 #if defined(PYTQ_PTX)
     uint32_t r;
     asm volatile("mov.u32 %0, %1;" : "=r"(r) : "r"(c));
     return r;
+#elif defined(PYTQ_AMD) && defined(__AMDGCN__)
+    uint32_t r;
+    asm volatile("s_mov_b32 %0, %1" : "=s"(r) : "i"(c));
+    return r;
 #else
     return c;
 #endif
+}
+
+// x, of which the compiler no longer knows where it came from: what is computed from it stays where it is written.
+PYTQ_DEV uint32_t opaque(uint32_t x) {
+#if defined(PYTQ_PTX)
+    asm volatile("" : "+r"(x));
+#elif defined(PYTQ_AMD) && defined(__AMDGCN__)
+    asm volatile("" : "+v"(x));
+#endif
+    return x;
 }
 
 // Low 32 bits of hi:lo >> s, 0 <= s < 32.
@@ -237,7 +255,7 @@ PYTQ_DEV int dot4(uint32_t a, uint32_t b, int acc) {
 
 // acc + the dot product of two pairs of halves, summed in float32.
 PYTQ_DEV float dot2(uint32_t a, uint32_t b, float acc) {
-#if defined(PYTQ_AMD) && defined(PYTQ_AMD_DOT)
+#if defined(__AMDGCN__) && defined(PYTQ_AMD_DOT)
     typedef _Float16 pair __attribute__((ext_vector_type(2)));
     union {
         uint32_t u;
@@ -259,6 +277,29 @@ PYTQ_DEV uint32_t bytes_to_halves(uint32_t x, uint32_t sel) {
     v.u = permute_bytes(x, 0x64646464u, sel); // 1024 + 128 + level
     v.h = __hadd2(v.h, __float2half2_rn(-1152.0f));
     return v.u;
+}
+
+// A word that no kernel in flight writes, at an address that is the same for all lanes: a scalar load on AMD.
+PYTQ_DEV uint32_t uniform_word(const uint32_t * at) {
+#if defined(PYTQ_AMD) && defined(__AMDGCN__)
+    return *(const __attribute__((address_space(4))) uint32_t *) (uintptr_t) at;
+#else
+    return *at;
+#endif
+}
+
+// Programmatic dependent launch (upstream launches every kernel so where it can): wait until the kernels before this
+// one have finished and their results are visible; let the next kernel be launched. A kernel that was launched plainly,
+// or for an older device, waits for nothing.
+PYTQ_DEV void grid_wait() {
+#if defined(PYTQ_PTX) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+PYTQ_DEV void grid_trigger() {
+#if defined(PYTQ_PTX) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
 }
 
 PYTQ_DEV uint32_t as_uint(float x) {
