@@ -1,13 +1,19 @@
-// Encoder of the cache types on the GPU: one warp per head vector, bit for bit what csrc/ref/codec.c writes.
+// Encoder of the cache types on the GPU, bit for bit what csrc/ref/codec.c writes.
 //
 // Sums run in the reference's order (16 lanes, folded by halves), every product and sum is rounded on its own, so
 // -use_fast_math cannot change a byte.
 //
-// Viterbi search in place: 64 path metrics live in 32 lanes x 2 registers. A trellis step joins the states p and p + 32
-// into 2 p and 2 p + 1; writing the two results where the two operands were makes the state label rotate by one bit per
-// step, so each step exchanges along one fixed bit of the location: a register pair in one step of six, a lane exchange
-// (one shuffle per register) in the others. Following the survivor backwards then only replaces that one bit of the
-// location.
+// Viterbi search, three trellis steps per round. A round takes the states (x5 x4 x3 s2 s1 s0), bit 0 the newest coded
+// bit, to (s2 s1 s0 u1 u2 u3): the eight old states that share s0..s2 lead to the eight new ones that share them, so a
+// lane that holds those eight path metrics needs no exchange inside the round. Metrics go to the next round through
+// shared memory: one write per new state, two 16-byte reads per lane. A survivor is a number of three bits per round,
+// (x5 x4 x3) of the winner. Two shapes of the same search:
+//   LANES = 32  one vector per warp, for latency: a lane computes only the two new states of its own u1 u2 (8 instead
+//               of 6 add-compare-selects), and each state carries its survivor's last ten triples along, so following
+//               the survivor back takes one dependent read per 30 coordinates.
+//   LANES = 8   four vectors per warp, for throughput: a lane computes all eight; triples are written down and followed
+//               back one by one.
+// A head size that is no multiple of three is filled up in front with steps that cost nothing and cannot leave state 0.
 #pragma once
 
 #include "device.cuh"
@@ -15,8 +21,8 @@
 namespace pytq {
 
 #if defined(__HIPCC__)
-PYTQ_DEV uint32_t ballot32(bool b, int half) {
-    return (uint32_t) (__ballot(b) >> half);
+PYTQ_DEV uint32_t ballot32(bool b, int) {
+    return group_ballot(b);
 }
 template <class X> PYTQ_DEV X swap_lanes(X x, int mask) {
     return __shfl_xor(x, mask, 32);
@@ -43,6 +49,32 @@ PYTQ_DEV void warp_fence() {
 }
 #endif
 
+// Largest value of 32 lanes.
+PYTQ_DEV uint32_t max32(uint32_t x) {
+#if defined(PYTQ_PTX) && __CUDA_ARCH__ >= 800
+    return __reduce_max_sync(0xffffffffu, x);
+#else
+    for (int s = 16; s > 0; s /= 2) {
+        const uint32_t o = swap_lanes(x, s);
+        x = o > x ? o : x;
+    }
+    return x;
+#endif
+}
+
+PYTQ_DEV uint32_t min32(uint32_t x) {
+    return ~max32(~x);
+}
+
+// Programmatic dependent launch: waits until the kernels before this one are done (nothing where it was launched
+// without that attribute), and lets the next kernel start its own waiting.
+PYTQ_DEV void wait_for_inputs() {
+#if defined(PYTQ_PTX) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 struct encode_params {
     const char * src;  // f32 [row_len, n1, n2, n3]
     const char * rows; // row numbers [n1, ne11, ne12], 4 or 8 bytes each, or null: row i goes to row i
@@ -50,19 +82,37 @@ struct encode_params {
     long long src_nb1, src_nb2, src_nb3, rows_nb0, rows_nb1, rows_nb2, dst_nb1, dst_nb2, dst_nb3;
     int row_bytes; // 4 or 8
     int n1, n2, n3, ne11, ne12, blocks_per_row;
+    float hadamard; // 0, or the vectors are first multiplied by the Walsh matrix of their order (64, 128, 256) and this
     layout l;
 };
 
-// Two sets of vectors in one launch (the keys and values of a layer): blocks below n_first_blocks take the first.
-struct encode_pair {
-    encode_params p[2];
-    int n_first_blocks;
+// Vectors that are only multiplied by the Walsh matrix (the queries of the layer).
+struct rotate_params {
+    const float * src; // [d, n] without gaps, as dst
+    float * dst;
+    int n, d;
+    float factor;
 };
 
-// Shared memory of one warp in bytes: x, costs, best levels, decisions, output.
-PYTQ_HD inline int encode_warp_bytes(int d) {
-    return d * (4 + 16 + 4 + 8) + 48 + 48 + 288;
-}
+// Up to two sets of vectors (the keys and values of a layer) and the queries in one launch; blocks below first_end take
+// the first set, those below second_end the second, the others rotate.
+struct encode_job {
+    encode_params p[2];
+    rotate_params rotate;
+    int first_end, second_end;
+};
+
+// One warp's work in shared memory: byte offsets of the parts of one vector.
+struct encode_parts {
+    int best, cost, metric, state, path, survivor, bytes; // x is at 0; out takes the place of the metrics
+    PYTQ_HD static constexpr int rounds(int d) { return (d + 2) / 3; }
+    PYTQ_HD constexpr encode_parts(int d, bool with_survivors)
+        : best(4 * d), cost(8 * d), metric(cost + 48 * rounds(d)), state(metric + 2 * 96 * 4), path(state + 32),
+          survivor(path + (rounds(d) + 15) / 16 * 16), bytes(survivor + (with_survivors ? 256 * rounds(d) : 0)) {
+        // vectors that are read side by side lie eight banks apart
+        bytes = (bytes + 95) / 128 * 128 + 32;
+    }
+};
 
 PYTQ_DEV float fold16(float acc) {
     for (int w = 8; w > 0; w /= 2) {
@@ -172,318 +222,542 @@ template <int CODE> struct step_call {
     template <int B> PYTQ_DEV void operator()() { *out = book<CODE, B>::step(); }
 };
 
-// One step of the search. c[r]: cost of staying at location 32 r + lane, e[r]: cost of coming from its partner. A
-// decision bit says that the partner's path won; the partner of an upper location (bit L set) is the state with the
-// older bit 0, which wins ties.
-template <int PHASE>
-PYTQ_DEV void viterbi_step(float m[2], const float c[2], const float e[2], uint32_t decision[2], int lane) {
-    constexpr int L = 5 - PHASE;
-    if constexpr (PHASE == 0) {
-        // register 0 is state p, register 1 is p + 32
-        const float s0 = __fadd_rn(m[0], c[0]), t0 = __fadd_rn(m[1], e[0]);
-        const float s1 = __fadd_rn(m[1], c[1]), t1 = __fadd_rn(m[0], e[1]);
-        m[0] = fminf(s0, t0), m[1] = fminf(s1, t1);
-        decision[0] = ballot32(t0 < s0, lane & 32), decision[1] = ballot32(t1 <= s1, lane & 32);
-    } else {
-        const bool upper = lane >> L & 1;
-        const float x0 = swap_lanes(m[0], 1 << L), x1 = swap_lanes(m[1], 1 << L);
-        const float s0 = __fadd_rn(m[0], c[0]), t0 = __fadd_rn(x0, e[0]);
-        const float s1 = __fadd_rn(m[1], c[1]), t1 = __fadd_rn(x1, e[1]);
-        m[0] = fminf(s0, t0), m[1] = fminf(s1, t1);
-        const bool p0 = (t0 < s0) | ((t0 == s0) & upper), p1 = (t1 < s1) | ((t1 == s1) & upper);
-        decision[0] = ballot32(p0, lane & 32), decision[1] = ballot32(p1, lane & 32);
+extern __shared__ __align__(16) char encode_smem[];
+
+// r[i] of the 32 lanes: coordinate 32 i + lane. The order of the additions is that of ggml's kernel for this product.
+PYTQ_DEV void hadamard(float r[8], int d, float factor, int lane) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        r[i] = __fmul_rn(r[i], factor);
+    }
+#pragma unroll
+    for (int h = 1; h < 32; h *= 2) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            if (32 * i < d) {
+                const float o = swap_lanes(r[i], h);
+                r[i] = lane & h ? __fsub_rn(o, r[i]) : __fadd_rn(r[i], o);
+            }
+        }
+    }
+#pragma unroll
+    for (int h = 1; h < 8; h *= 2) {
+        if (32 * h < d) {
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                if (!(i & h)) {
+                    const float a = r[i], b = r[i + h];
+                    r[i] = __fadd_rn(a, b), r[i + h] = __fsub_rn(a, b);
+                }
+            }
+        }
     }
 }
 
-extern __shared__ __align__(16) char encode_smem[];
+PYTQ_DEV void load_vector(const float * src, int d, float factor, int lane, float r[8]) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        r[i] = 32 * i + lane < d ? src[32 * i + lane] : 0.0f;
+    }
+    if (factor != 0.0f) {
+        hadamard(r, d, factor, lane);
+    }
+}
 
-// Costs of six steps for this lane's two locations. at[f][r]: offset of the cost of staying, step: byte offset of the
-// first step.
-struct step_costs {
-    float c[6][2], e[6][2];
-    PYTQ_DEV void load(const int at[6][2], const int other[6][2], int step) {
+// Path metrics of eight states, costs of three steps and the survivors' triples, as one lane sees them. The costs of a
+// step lie as [z0][z1] in shared memory.
+template <int LANES> struct trellis_round {
+    static constexpr bool fixed = LANES == 32; // u1 and u2 are the lane's
+    static constexpr int n_new = fixed ? 2 : 8;
+    int o1, o2, o3; // this lane's order of the costs of each step
+
+    PYTQ_DEV trellis_round(int s, int u1, int u2) {
+        const int s2 = s >> 2, s1 = s >> 1 & 1, s0 = s & 1;
+        o1 = 2 * s1 + u1, o2 = 4 + 2 * (s0 ^ s2) + u2, o3 = 8 + 2 * (s1 ^ u1) + s2;
+    }
+
+    struct costs {
+        float c1[2][2], c2[2], c3[2][2]; // [x3][u1 ^ x4 ^ x5], [u2 ^ x3 ^ x4], [u1][u3 ^ x3]
+    };
+    PYTQ_DEV void load(costs & c, const float * at) const {
 #pragma unroll
-        for (int f = 0; f < 6; f++) {
+        for (int q = 0; q < 2; q++) {
+            c.c1[0][q] = at[o1 ^ q], c.c1[1][q] = at[o1 ^ 2 ^ q];
+            c.c2[q] = at[o2 ^ q];
+            c.c3[0][q] = at[o3 ^ q];
+            if constexpr (!fixed) {
+                c.c3[1][q] = at[o3 ^ 2 ^ q];
+            }
+        }
+    }
+
+    // Add, compare, select: b wins only if it is smaller.
+    static PYTQ_DEV float select(float a, float b, int ka, int kb, int & k) {
+        k = b < a ? kb : ka;
+        return fminf(a, b);
+    }
+
+    // m[x5 x4 x3] -> metric and triple of the new states in the order (u1 u2) u3
+    PYTQ_DEV void step(const float m[8], const costs & c, float out[n_new], int triple[n_new]) const {
 #pragma unroll
-            for (int r = 0; r < 2; r++) {
-                c[f][r] = *(const float *) (encode_smem + at[f][r] + step + 16 * f);
-                e[f][r] = *(const float *) (encode_smem + other[f][r] + step + 16 * f);
+        for (int u1 = 0; u1 < (fixed ? 1 : 2); u1++) {
+            float n1[4];
+            int k1[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int q = (i >> 1) ^ u1, x3 = i & 1;
+                n1[i] = select(__fadd_rn(m[i], c.c1[x3][q]), __fadd_rn(m[4 + i], c.c1[x3][q ^ 1]), i, 4 + i, k1[i]);
+            }
+#pragma unroll
+            for (int u2 = 0; u2 < (fixed ? 1 : 2); u2++) {
+                float n2[2];
+                int k2[2];
+#pragma unroll
+                for (int x3 = 0; x3 < 2; x3++) {
+                    const int q = x3 ^ u2;
+                    n2[x3] = select(__fadd_rn(n1[x3], c.c2[q]), __fadd_rn(n1[2 + x3], c.c2[q ^ 1]), k1[x3], k1[2 + x3],
+                                    k2[x3]);
+                }
+#pragma unroll
+                for (int u3 = 0; u3 < 2; u3++) {
+                    const int at = 4 * u1 + 2 * u2 + u3;
+                    out[at] = select(__fadd_rn(n2[0], c.c3[u1][u3]), __fadd_rn(n2[1], c.c3[u1][u3 ^ 1]), k2[0], k2[1],
+                                     triple[at]);
+                }
             }
         }
     }
 };
 
-PYTQ_DEV int rotate6(int x, int n) {
-    return (x << n | x >> (6 - n)) & 63;
-}
+constexpr int encode_segment = 10; // rounds whose triples fit into one word
 
-// BITS: bits of the only group, or 0 for a type with several groups.
-template <int CODE, int BITS> __global__ void __launch_bounds__(128) encode(const PYTQ_GRID_CONSTANT encode_pair pair) {
-    const int which = (int) blockIdx.x >= pair.n_first_blocks;
-    const encode_params & p = pair.p[which];
-    char * const smem = encode_smem;
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, d = p.l.d;
-    float * const x = (float *) (smem + warp * encode_warp_bytes(d));
-    float * const cost = x + d; // [t][z0][z1]; later the chosen levels
-    uint32_t * const best = (uint32_t *) (cost + 4 * d);
-    uint2 * const decision = (uint2 *) (best + d);         // six more entries than steps: whole groups are written
-    uint8_t * const path = (uint8_t *) (decision + d + 6); // coded bits, six per byte
-    uint8_t * const out = path + 48;
+// Coded bits of the best path from state 0, three per byte of path (the oldest in bit 2); of equal paths the
+// reference's choice. at: this lane's vector.
+template <int LANES> PYTQ_DEV void viterbi(char * at, const encode_parts & parts, int d, int lane) {
+    using R = trellis_round<LANES>;
+    constexpr bool fixed = R::fixed;
+    const int s = fixed ? lane >> 2 : lane & 7, u12 = fixed ? lane & 3 : 0, n_rounds = encode_parts::rounds(d);
+    const R round(s, u12 >> 1, u12 & 1);
+    const float * cost = (const float *) (at + parts.cost);
+    float * const metric = (float *) (at + parts.metric);           // two buffers of [u][s], rows of 12
+    uint32_t * const survivor = (uint32_t *) (at + parts.survivor); // LANES = 32: [round][state]
+    uint32_t * const word = (uint32_t *) (at + parts.cost);         // LANES = 8: [round][s], over costs already used
+    uint8_t * const path = (uint8_t *) (at + parts.path);
 
-    const long long item = (long long) (blockIdx.x - which * pair.n_first_blocks) * (blockDim.x >> 5) + warp;
-    const long long n_items = (long long) p.blocks_per_row * p.n1 * p.n2 * p.n3;
-    if (item >= n_items) {
-        return;
+    float m[8], now[R::n_new];
+    int triple[R::n_new];
+#pragma unroll
+    for (int x = 0; x < 8; x++) {
+        m[x] = x == 0 && s == 0 ? 0.0f : 1e30f;
     }
-    const int ib = (int) (item % p.blocks_per_row);
-    long long rest = item / p.blocks_per_row;
-    const int i1 = (int) (rest % p.n1);
-    rest /= p.n1;
-    const int i2 = (int) (rest % p.n2), i3 = (int) (rest / p.n2);
-    long long row = i1;
-    if (p.rows) {
-        const char * at = p.rows + i1 * p.rows_nb0 + (i2 % p.ne11) * p.rows_nb1 + (i3 % p.ne12) * p.rows_nb2;
-        row = p.row_bytes == 8 ? *(const long long *) at : *(const int *) at;
-    }
-    const float * const src =
-        (const float *) (p.src + i1 * p.src_nb1 + i2 * p.src_nb2 + i3 * p.src_nb3) + (long long) ib * d;
-    uint8_t * const dst =
-        (uint8_t *) p.dst + row * p.dst_nb1 + i2 * p.dst_nb2 + i3 * p.dst_nb3 + (long long) ib * p.l.block_bytes;
-
-    float top = 0.0f;
-    bool finite = true;
-    for (int i = lane; i < d; i += 32) {
-        const float v = src[i], a = fabsf(v);
-        x[i] = v;
-        finite = finite && a <= 3.4028234e38f;
-        top = fmaxf(top, a);
-    }
-    for (int s = 16; s > 0; s /= 2) {
-        top = fmaxf(top, swap_lanes(top, s));
-    }
-    finite = ballot32(!finite, lane & 32) == 0;
-    if (!finite || top == 0.0f) {
-        for (int i = lane; i < p.l.block_bytes; i += 32) {
-            dst[i] = 0;
+    typename R::costs c;
+    round.load(c, cost);
+    [[maybe_unused]] int in_segment = 0;
+#pragma unroll 2
+    for (int r = 0; r < n_rounds; r++) {
+        typename R::costs next; // the last read takes what lies behind the costs, for nothing
+        cost += 12;
+        round.load(next, cost);
+        round.step(m, c, now, triple);
+        c = next;
+        float * const to = metric + 96 * (r & 1);
+        if constexpr (fixed) {
+            to[24 * u12 + s] = now[0], to[24 * u12 + 12 + s] = now[1];
+        } else {
+#pragma unroll
+            for (int u = 0; u < 8; u++) {
+                to[12 * u + s] = now[u];
+            }
         }
-        return;
-    }
-    int shift = 0;
-    if (!(top >= 0x1p-40f && top <= 0x1p40f)) {
-        frexpf(top, &shift);
-        for (int i = lane; i < d; i += 32) {
-            x[i] = ldexpf(x[i], -shift);
+        warp_fence();
+        const float4 lo = *(const float4 *) (to + 12 * s), hi = *(const float4 *) (to + 12 * s + 4);
+        m[0] = lo.x, m[1] = lo.y, m[2] = lo.z, m[3] = lo.w;
+        m[4] = hi.x, m[5] = hi.y, m[6] = hi.z, m[7] = hi.w;
+        if constexpr (fixed) {
+            // the first round of a segment reads something (before the table: the path) and drops it
+            const uint32_t * const old = survivor + 64 * (r - 1) + s;
+            const uint32_t keep = in_segment ? 0xffffffffu : 0u;
+            const uint32_t h0 = old[8 * triple[0]] & keep, h1 = old[8 * triple[1]] & keep;
+            in_segment = in_segment == encode_segment - 1 ? 0 : in_segment + 1;
+            *(uint2 *) (survivor + 64 * r + 2 * lane) =
+                make_uint2(h0 << 3 | (uint32_t) triple[0], h1 << 3 | (uint32_t) triple[1]);
+        } else {
+            uint32_t w = (uint32_t) triple[7];
+#pragma unroll
+            for (int u = 6; u >= 0; u--) {
+                w = w << 3 | (uint32_t) triple[u];
+            }
+            word[8 * r + s] = w;
         }
     }
     warp_fence();
 
-    if constexpr (CODE == PYTQ_CODE_SCALAR) {
-        using B = book<CODE, BITS>;
-        const float ss = sum_product(x, x, d, lane);
-        const float sigma = __fsqrt_rn(__fdiv_rn(ss, (float) d));
-        const float inv = __fdiv_rn(1.0f, __fmul_rn(sigma, B::step()));
-        for (int base = 0; base < d; base += 32) {
-            const int i = base + lane;
-            int k = 0;
-            float level = (float) B::level(0);
-            if (i < d) {
-                const float y = __fmul_rn(x[i], inv);
-#pragma unroll
-                for (int n = 0; n + 1 < B::n_levels; n++) {
-                    const bool up = y > 0.5f * (float) (B::level(n) + B::level(n + 1));
-                    k = up ? n + 1 : k;
-                    level = up ? (float) B::level(n + 1) : level;
-                }
-                cost[i] = level;
-            }
-#pragma unroll
-            for (int b = 0; b < BITS; b++) {
-                const uint32_t w = ballot32(k >> b & 1, lane & 32);
-                if (lane < 4 && base + 8 * lane < d) {
-                    out[p.l.plane_off[b] + base / 8 + lane] = (uint8_t) (w >> (8 * lane));
-                }
-            }
-        }
-        warp_fence();
-        const float ll = sum_product(cost, cost, d, lane);
-        const float s = scaled(__fdiv_rn(__fsqrt_rn(__fdiv_rn(ss, ll)), B::step()), shift);
+    // Best final state, the lowest on ties; metrics are not negative, so their bits order them.
+    if constexpr (fixed) {
+        const uint32_t b0 = as_uint(now[0]), b1 = as_uint(now[1]), best = min32(b0 < b1 ? b0 : b1);
+        const uint32_t e0 = ballot32(b0 == best, lane & 32), e1 = ballot32(b1 == best, lane & 32), e = e0 | e1;
+        const uint32_t low = e & (0u - e);
+        uint32_t state = 2 * (uint32_t) __popc(low - 1) + (e0 & low ? 0 : 1);
         if (lane == 0) {
-            const uint32_t h = !(s < 65504.0f) ? 0x7bffu : __half_as_ushort(__float2half_rn(s));
-            out[0] = (uint8_t) h, out[1] = (uint8_t) (h >> 8);
+            path[n_rounds - 2] = (uint8_t) (state >> 3), path[n_rounds - 1] = (uint8_t) (state & 7);
+        }
+        // the triple of a round is that of its first state: coded bits of two rounds before
+        for (int end = n_rounds; end > 0;) {
+            const int begin = (end - 1) / encode_segment * encode_segment, n = end - begin;
+            const uint32_t w = survivor[64 * (end - 1) + state];
+            const int round_of = begin + lane - 2;
+            if (lane < n && round_of >= 0) {
+                path[round_of] = (uint8_t) (w >> (3 * (n - 1 - lane)) & 7u);
+            }
+            state = n > 1 ? w >> (3 * n - 6) : w << 3 | state >> 3;
+            end = begin;
         }
     } else {
-        int e[3] = {0, 0, 0};
-        for (int grp = 0, at = 0; grp < p.l.n_groups; at = p.l.group_end[grp++]) {
-            const int n = p.l.group_end[grp] - at;
-            float step;
-            with_bits<BITS>(p.l.group_bits[grp], step_call<CODE>{&step});
-            const float sigma = __fsqrt_rn(__fdiv_rn(sum_product(x + at, x + at, n, lane), (float) n));
-            const int code = log8_encode(sigma, shift);
-            e[0] = grp == 0 ? code : e[0], e[1] = grp == 1 ? code : e[1], e[2] = grp == 2 ? code : e[2];
-            const float f = __fmul_rn(scaled(log8_scale(code), -shift), step);
-            const float inv = code ? __fdiv_rn(1.0f, f) : 0.0f;
-            const float weight = p.l.n_groups == 1 ? 1.0f : __fmul_rn(f, f);
-#pragma unroll 1
-            for (int i = at + lane; i < at + n; i += 32) {
-                float c[4];
-                with_bits<BITS>(p.l.group_bits[grp], choose_call{__fmul_rn(x[i], inv), weight, c, &best[i]});
-                *(float4 *) (cost + 4 * i) = make_float4(c[0], c[1], c[2], c[3]);
-            }
-        }
-        warp_fence();
-
-        // Offsets of the cost of staying at this location in each phase: [z0][z1 ^ (this location is the upper of its
-        // pair)].
-        int own[6][2], other[6][2];
+        uint32_t best = as_uint(now[0]), state = 8 * (uint32_t) s;
 #pragma unroll
-        for (int f = 0; f < 6; f++) {
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                const int loc = lane + 32 * r, s = rotate6(loc, (f + 1) % 6);
-                const int z1 = __popc(s & (PYTQ_TRELLIS_TAPS1 & 63)) & 1, z0 = __popc(s & PYTQ_TRELLIS_TAPS0) & 1;
-                own[f][r] = (int) ((const char *) cost - encode_smem) + 4 * (2 * z0 + (z1 ^ (loc >> (5 - f) & 1)));
-                other[f][r] = own[f][r] ^ 4;
-            }
+        for (int u = 1; u < R::n_new; u++) {
+            const uint32_t b = as_uint(now[u]);
+            state = b < best ? 8 * (uint32_t) s + u : state;
+            best = b < best ? b : best;
         }
-        float m[2] = {lane == 0 ? 0.0f : 1e30f, 1e30f};
-        // the costs of the next six steps are read while these run; reads past the end stay in this warp's memory
-        step_costs now;
-        now.load(own, other, 0);
+#pragma unroll
+        for (int w = 4; w > 0; w /= 2) {
+            const uint32_t ob = swap_lanes(best, w), os = swap_lanes(state, w);
+            const bool take = ob < best || (ob == best && os < state);
+            best = take ? ob : best, state = take ? os : state;
+        }
+        if (s == 0) {
+            path[n_rounds - 2] = (uint8_t) (state >> 3), path[n_rounds - 1] = (uint8_t) (state & 7);
+        }
 #pragma unroll 2
-        for (int t0 = 0; t0 < d; t0 += 6) {
-            uint32_t w[6][2];
-            step_costs next;
-            next.load(own, other, 16 * (t0 + 6));
-            viterbi_step<0>(m, now.c[0], now.e[0], w[0], lane);
-            if (t0 + 1 < d) {
-                viterbi_step<1>(m, now.c[1], now.e[1], w[1], lane);
+        for (int r = n_rounds - 1; r >= 2; r--) {
+            const uint32_t k = word[8 * r + (state >> 3)] >> (3 * (state & 7)) & 7u;
+            if (s == 0) {
+                path[r - 2] = (uint8_t) k;
             }
-            if (t0 + 2 < d) {
-                viterbi_step<2>(m, now.c[2], now.e[2], w[2], lane);
-            }
-            if (t0 + 3 < d) {
-                viterbi_step<3>(m, now.c[3], now.e[3], w[3], lane);
-            }
-            if (t0 + 4 < d) {
-                viterbi_step<4>(m, now.c[4], now.e[4], w[4], lane);
-            }
-            if (t0 + 5 < d) {
-                viterbi_step<5>(m, now.c[5], now.e[5], w[5], lane);
-            }
-            now = next;
-            if (lane == 0) {
-                uint4 * const to = (uint4 *) (decision + t0);
-                to[0] = make_uint4(w[0][0], w[0][1], w[1][0], w[1][1]);
-                to[1] = make_uint4(w[2][0], w[2][1], w[3][0], w[3][1]);
-                to[2] = make_uint4(w[4][0], w[4][1], w[5][0], w[5][1]);
-            }
+            state = k << 3 | state >> 3;
         }
+    }
+    warp_fence();
+}
 
-        // Best final state, the lowest on ties.
-        int loc;
-        {
-            const int s0 = rotate6(lane, d % 6), s1 = rotate6(lane + 32, d % 6);
-            const bool second = m[1] < m[0] || (m[1] == m[0] && s1 < s0);
-            float bm = second ? m[1] : m[0];
-            int bs = second ? s1 : s0;
-            for (int s = 16; s > 0; s /= 2) {
-                const float om = swap_lanes(bm, s);
-                const int os = swap_lanes(bs, s);
-                const bool take = om < bm || (om == bm && os < bs);
-                bm = take ? om : bm, bs = take ? os : bs;
-            }
-            loc = rotate6(bs, (6 - d % 6) % 6);
+// Where a vector comes from and goes to.
+struct encode_item {
+    const float * src;
+    uint8_t * dst;
+    PYTQ_DEV encode_item(const encode_params & p, long long item) {
+        const int ib = (int) (item % p.blocks_per_row);
+        long long rest = item / p.blocks_per_row;
+        const int i1 = (int) (rest % p.n1);
+        rest /= p.n1;
+        const int i2 = (int) (rest % p.n2), i3 = (int) (rest / p.n2);
+        long long row = i1;
+        if (p.rows) {
+            const char * at = p.rows + i1 * p.rows_nb0 + (i2 % p.ne11) * p.rows_nb1 + (i3 % p.ne12) * p.rows_nb2;
+            row = p.row_bytes == 8 ? *(const long long *) at : *(const int *) at;
         }
-        warp_fence();
+        src = (const float *) (p.src + i1 * p.src_nb1 + i2 * p.src_nb2 + i3 * p.src_nb3) + (long long) ib * p.l.d;
+        dst = (uint8_t *) p.dst + row * p.dst_nb1 + i2 * p.dst_nb2 + i3 * p.dst_nb3 + (long long) ib * p.l.block_bytes;
+    }
+};
 
-        // Survivor, newest steps first. Before the steps of a group of six are undone, the six bits of the location are
-        // just their coded bits, the oldest in bit 5; undoing step f replaces bit 5 - f, and bit 5, which picks the
-        // decision word, only last.
-        {
-            const int last = (d - 1) / 6 * 6;
-            uint2 w[6];
+// What the steps of one vector hand on to each other.
+struct encode_state {
+    uint8_t * dst;
+    int shift; // the vector was divided by 2^shift
+    int e[3];  // scale codes of the groups
+    bool zero; // zero or not finite, or there is no such vector
+};
+
+// Reads one vector into shared memory, brought into range.
+PYTQ_DEV encode_state encode_load(const encode_params & p, const encode_item & item, float * x, int lane) {
+    encode_state st = {item.dst, 0, {0, 0, 0}, false};
+    const int d = p.l.d;
+    float r[8];
+    load_vector(item.src, d, p.hadamard, lane, r);
+    uint32_t top = 0;
 #pragma unroll
-            for (int f = 0; f < 6; f++) {
-                w[f] = decision[last + f];
-            }
-#pragma unroll 1
-            for (int t0 = last; t0 >= 0; t0 -= 6) {
-                if (lane == 0) {
-                    path[t0 / 6] = (uint8_t) (__brev((uint32_t) loc) >> 26);
-                }
-                uint32_t v[6];
+    for (int i = 0; i < 8; i++) {
+        const uint32_t a = as_uint(r[i]) & 0x7fffffffu;
+        top = a > top ? a : top;
+    }
+    top = max32(top);
+    if (top == 0 || top > 0x7f7fffffu) {
+        st.zero = true;
+        return st;
+    }
+    if (top < 0x2b800000u || top > 0x53800000u) { // outside 2^-40 .. 2^40
+        frexpf(as_float(top), &st.shift);
+    }
 #pragma unroll
-                for (int f = 0; f < 6; f++) {
-                    v[f] = (loc & 32) ? w[f].y : w[f].x;
-                }
-                const int before = t0 >= 6 ? t0 - 6 : 0;
-#pragma unroll
-                for (int f = 0; f < 6; f++) {
-                    w[f] = decision[before + f];
-                }
-#pragma unroll
-                for (int f = 5; f >= 0; f--) {
-                    if (t0 + f < d) {
-                        loc ^= (int) ((v[f] >> (loc & 31)) << (5 - f)) & 1 << (5 - f);
-                    }
-                }
-            }
+    for (int i = 0; i < 8; i++) {
+        if (32 * i + lane < d) {
+            x[32 * i + lane] = scaled(r[i], -st.shift);
         }
-        warp_fence();
+    }
+    warp_fence();
+    return st;
+}
 
-        uint32_t prev = 0;
-#pragma unroll 1
-        for (int base = 0; base < d; base += 32) {
-            const int i = base + lane;
-            const uint32_t u = ballot32(i < d && (path[i / 6] >> (i % 6) & 1), lane & 32);
-            uint32_t index[2];
-            index_planes<PYTQ_CODE_TRELLIS, 1, true>(&u, prev, index);
-            prev = u;
-            const int z = (int) (2 * (index[1] >> lane & 1u) + (index[0] >> lane & 1u));
-            int k = 0;
-            if (i < d) {
-                k = (int) (best[i] >> (8 * z) & 255u);
-                const int grp = (i >= p.l.group_end[0]) + (p.l.n_groups > 1 && i >= p.l.group_end[1]);
-                with_bits<BITS>(p.l.group_bits[grp], level_call<CODE>{k, &cost[i]});
-            }
-            for (int b = 0; b < p.l.n_planes; b++) {
+// Scales and costs of the trellis steps, three-step rounds filled up in front.
+template <int BITS>
+PYTQ_DEV void encode_costs(const encode_params & p, char * at, const encode_parts & parts, encode_state & st,
+                           int lane) {
+    const float * const x = (const float *) at;
+    const int d = p.l.d, pad = 3 * encode_parts::rounds(d) - d;
+    float4 * const cost = (float4 *) (at + parts.cost) + pad;
+    uint32_t * const best = (uint32_t *) (at + parts.best);
+    if (lane < pad) {
+        cost[lane - pad] = make_float4(0.0f, 1e30f, 1e30f, 1e30f);
+    }
+    for (int grp = 0, begin = 0; grp < p.l.n_groups; begin = p.l.group_end[grp++]) {
+        const int n = p.l.group_end[grp] - begin;
+        float step;
+        with_bits<BITS>(p.l.group_bits[grp], step_call<PYTQ_CODE_TRELLIS>{&step});
+        const float sigma = __fsqrt_rn(__fdiv_rn(sum_product(x + begin, x + begin, n, lane), (float) n));
+        const int code = log8_encode(sigma, st.shift);
+        st.e[0] = grp == 0 ? code : st.e[0], st.e[1] = grp == 1 ? code : st.e[1], st.e[2] = grp == 2 ? code : st.e[2];
+        const float f = __fmul_rn(scaled(log8_scale(code), -st.shift), step);
+        const float inv = code ? __fdiv_rn(1.0f, f) : 0.0f;
+        const float weight = p.l.n_groups == 1 ? 1.0f : __fmul_rn(f, f);
+#pragma unroll(BITS > 0 && BITS < 4 ? 4 : 1)
+        for (int i = begin + lane; i < begin + n; i += 32) {
+            float c[4];
+            with_bits<BITS>(p.l.group_bits[grp], choose_call{__fmul_rn(x[i], inv), weight, c, &best[i]});
+            cost[i] = make_float4(c[0], c[1], c[2], c[3]);
+        }
+    }
+    warp_fence();
+}
+
+// Bit planes of the path, then the scale that fits the chosen levels best.
+template <int BITS>
+PYTQ_DEV void encode_planes(const encode_params & p, char * at, const encode_parts & parts, const encode_state & st,
+                            uint8_t * out, int lane) {
+    const float * const x = (const float *) at;
+    float * const level = (float *) (at + parts.cost);
+    const uint32_t * const best = (const uint32_t *) (at + parts.best);
+    const uint8_t * const path = (const uint8_t *) (at + parts.path);
+    const int d = p.l.d, pad = 3 * encode_parts::rounds(d) - d;
+    uint32_t prev = 0;
+#pragma unroll(BITS > 0 ? 4 : 1)
+    for (int base = 0; base < d; base += 32) {
+        const int i = base + lane, step = i + pad;
+        const uint32_t u = ballot32(i < d && (path[step / 3] >> (2 - step % 3) & 1), lane & 32);
+        uint32_t index[2];
+        index_planes<PYTQ_CODE_TRELLIS, 1, true>(&u, prev, index);
+        prev = u;
+        const int z = (int) (2 * (index[1] >> lane & 1u) + (index[0] >> lane & 1u));
+        int k = 0;
+        if (i < d) {
+            k = (int) (best[i] >> (8 * z) & 255u);
+            const int grp = (i >= p.l.group_end[0]) + (p.l.n_groups > 1 && i >= p.l.group_end[1]);
+            with_bits<BITS>(p.l.group_bits[grp], level_call<PYTQ_CODE_TRELLIS>{k, &level[i]});
+        }
+        const int n_planes = BITS > 0 ? BITS : p.l.n_planes;
+#pragma unroll
+        for (int b = 0; b < (BITS > 0 ? BITS : 5); b++) {
+            if (b < n_planes) {
                 const uint32_t w = b == 0 ? u : ballot32(k >> (b + 1) & 1, lane & 32);
                 if (lane < 4 && base + 8 * lane < p.l.plane_len[b]) {
                     out[p.l.plane_off[b] + base / 8 + lane] = (uint8_t) (w >> (8 * lane));
                 }
             }
         }
-        warp_fence();
+    }
+    warp_fence();
 
-        // With the levels fixed, the neighbouring scale may fit better.
-        for (int grp = 0, at = 0; grp < p.l.n_groups; at = p.l.group_end[grp++]) {
-            const int n = p.l.group_end[grp] - at;
-            const int e0 = grp == 0 ? e[0] : grp == 1 ? e[1] : e[2];
-            float step;
-            with_bits<BITS>(p.l.group_bits[grp], step_call<CODE>{&step});
-            const float xl = sum_product(x + at, cost + at, n, lane), ll = sum_product(cost + at, cost + at, n, lane);
-            int pick = e0;
-            float pick_err = 0.0f;
-            for (int k = 0; k < 3 && e0 > 0; k++) {
-                const int cand = e0 + (k == 1 ? -1 : k == 2 ? 1 : 0);
-                if (cand < 1 || cand > 255) {
-                    continue;
-                }
-                const float f = __fmul_rn(scaled(log8_scale(cand), -shift), step);
-                const float err = __fmul_rn(f, __fsub_rn(__fmul_rn(f, ll), __fmul_rn(2.0f, xl)));
-                if (k == 0 || err < pick_err) {
-                    pick = cand, pick_err = err;
-                }
+    // With the levels fixed, the neighbouring scale may fit better.
+    for (int grp = 0, begin = 0; grp < p.l.n_groups; begin = p.l.group_end[grp++]) {
+        const int n = p.l.group_end[grp] - begin;
+        const int e0 = grp == 0 ? st.e[0] : grp == 1 ? st.e[1] : st.e[2];
+        float step;
+        with_bits<BITS>(p.l.group_bits[grp], step_call<PYTQ_CODE_TRELLIS>{&step});
+        const float xl = sum_product(x + begin, level + begin, n, lane);
+        const float ll = sum_product(level + begin, level + begin, n, lane);
+        int pick = e0;
+        float pick_err = 0.0f;
+#pragma unroll
+        for (int k = 0; k < 3; k++) {
+            const int cand = e0 + (k == 1 ? -1 : k == 2 ? 1 : 0);
+            const float f = __fmul_rn(scaled(log8_scale(cand), -st.shift), step);
+            const float err = __fmul_rn(f, __fsub_rn(__fmul_rn(f, ll), __fmul_rn(2.0f, xl)));
+            if (e0 > 0 && cand >= 1 && cand <= 255 && (k == 0 || err < pick_err)) {
+                pick = cand, pick_err = err;
             }
-            if (lane == 0) {
-                out[grp] = (uint8_t) pick;
+        }
+        if (lane == 0) {
+            out[grp] = (uint8_t) pick;
+        }
+    }
+}
+
+template <int BITS>
+PYTQ_DEV void encode_scalar(const encode_params & p, char * at, const encode_parts & parts, const encode_state & st,
+                            uint8_t * out, int lane) {
+    using B = book<PYTQ_CODE_SCALAR, BITS>;
+    const float * const x = (const float *) at;
+    float * const levels = (float *) (at + parts.cost);
+    const int d = p.l.d;
+    const float ss = sum_product(x, x, d, lane);
+    const float sigma = __fsqrt_rn(__fdiv_rn(ss, (float) d));
+    const float inv = __fdiv_rn(1.0f, __fmul_rn(sigma, B::step()));
+#pragma unroll 4
+    for (int base = 0; base < d; base += 32) {
+        const int i = base + lane;
+        int k = 0;
+        float level = (float) B::level(0);
+        if (i < d) {
+            const float y = __fmul_rn(x[i], inv);
+#pragma unroll
+            for (int n = 0; n + 1 < B::n_levels; n++) {
+                const bool up = y > 0.5f * (float) (B::level(n) + B::level(n + 1));
+                k = up ? n + 1 : k;
+                level = up ? (float) B::level(n + 1) : level;
+            }
+            levels[i] = level;
+        }
+#pragma unroll
+        for (int b = 0; b < BITS; b++) {
+            const uint32_t w = ballot32(k >> b & 1, lane & 32);
+            if (lane < 4 && base + 8 * lane < d) {
+                out[p.l.plane_off[b] + base / 8 + lane] = (uint8_t) (w >> (8 * lane));
             }
         }
     }
     warp_fence();
-    for (int i = lane; i < p.l.block_bytes; i += 32) {
-        dst[i] = out[i];
+    const float ll = sum_product(levels, levels, d, lane);
+    const float s = scaled(__fdiv_rn(__fsqrt_rn(__fdiv_rn(ss, ll)), B::step()), st.shift);
+    if (lane == 0) {
+        const uint32_t h = !(s < 65504.0f) ? 0x7bffu : __half_as_ushort(__float2half_rn(s));
+        out[0] = (uint8_t) h, out[1] = (uint8_t) (h >> 8);
     }
 }
+
+// Blocks of one warp for the trellis code, of up to four for the scalar code. BITS: bits of the only group, or 0 for a
+// type with several groups.
+template <int CODE, int BITS, int LANES>
+__global__ void __launch_bounds__(128) encode(const PYTQ_GRID_CONSTANT encode_job job) {
+    constexpr int n_vec = 32 / LANES;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, n_warps = blockDim.x >> 5, block = (int) blockIdx.x;
+    wait_for_inputs();
+    if (block >= job.second_end) {
+        const rotate_params & q = job.rotate;
+        for (int v = 0; v < n_vec; v++) {
+            const long long item = ((long long) (block - job.second_end) * n_warps + warp) * n_vec + v;
+            if (item < q.n) {
+                float r[8];
+                load_vector(q.src + item * q.d, q.d, q.factor, lane, r);
+#pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    if (32 * i + lane < q.d) {
+                        q.dst[item * q.d + 32 * i + lane] = r[i];
+                    }
+                }
+            }
+        }
+        return;
+    }
+    const int which = block >= job.first_end;
+    const encode_params & p = job.p[which];
+    const encode_parts parts(p.l.d, CODE == PYTQ_CODE_TRELLIS && LANES == 32);
+    char * const smem = encode_smem + warp * n_vec * parts.bytes;
+    const long long first = ((long long) (block - which * job.first_end) * n_warps + warp) * n_vec;
+    const long long n_items = (long long) p.blocks_per_row * p.n1 * p.n2 * p.n3;
+
+    encode_state st;
+#pragma unroll 1
+    for (int v = 0; v < n_vec; v++) {
+        char * const at = smem + v * parts.bytes;
+        st.zero = true;
+        if (first + v < n_items) {
+            st = encode_load(p, encode_item(p, first + v), (float *) at, lane);
+            if (st.zero) {
+                for (int i = lane; i < p.l.block_bytes; i += 32) {
+                    st.dst[i] = 0;
+                }
+            } else if constexpr (CODE == PYTQ_CODE_TRELLIS) {
+                encode_costs<BITS>(p, at, parts, st, lane);
+            }
+        }
+        if (n_vec > 1 && lane == 0) {
+            *(encode_state *) (at + parts.state) = st;
+        }
+    }
+    if constexpr (CODE == PYTQ_CODE_TRELLIS) {
+        if (n_vec > 1 || !st.zero) {
+            warp_fence();
+            viterbi<LANES>(smem + (n_vec > 1 ? (lane >> 3) * parts.bytes : 0), parts, p.l.d, lane);
+        }
+    }
+#pragma unroll 1
+    for (int v = 0; v < n_vec; v++) {
+        char * const at = smem + v * parts.bytes;
+        if (n_vec > 1) {
+            st = *(const encode_state *) (at + parts.state);
+        }
+        if (st.zero) {
+            continue;
+        }
+        uint8_t * const out = (uint8_t *) (at + parts.metric);
+        if constexpr (CODE == PYTQ_CODE_TRELLIS) {
+            encode_planes<BITS>(p, at, parts, st, out, lane);
+        } else {
+            encode_scalar<BITS>(p, at, parts, st, out, lane);
+        }
+        warp_fence();
+        for (int i = lane; i < p.l.block_bytes; i += 32) {
+            st.dst[i] = out[i];
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ host side
+
+constexpr long long encode_wide_from = 1024; // more vectors than this take the shape for throughput
+
+using encode_kernel = void (*)(encode_job);
+
+// Kernel of a layout, null where there is none.
+template <int LANES> inline encode_kernel encode_kernel_of(const layout & l) {
+    constexpr int S = PYTQ_CODE_SCALAR, T = PYTQ_CODE_TRELLIS;
+    const int bits = l.n_groups > 1 ? 0 : l.group_bits[0];
+    if (l.code == S) {
+        return bits == 2 ? encode<S, 2, 32> : bits == 3 ? encode<S, 3, 32> : bits == 4 ? encode<S, 4, 32> : nullptr;
+    }
+    switch (bits) {
+        case 0:
+            return encode<T, 0, LANES>;
+        case 2:
+            return encode<T, 2, LANES>;
+        case 3:
+            return encode<T, 3, LANES>;
+        case 4:
+            return encode<T, 4, LANES>;
+        case 5:
+            return encode<T, 5, LANES>;
+        default:
+            return nullptr;
+    }
+}
+
+// Grid of a job: vectors of both sets and of the rotation, which job.p and job.rotate describe already.
+struct encode_launch {
+    encode_kernel kernel;
+    int blocks, threads, shared_bytes;
+    // wide: the shape for throughput
+    encode_launch(encode_job & job, long long n_first, long long n_second, bool wide) {
+        const layout & l = job.p[0].l;
+        const bool trellis = l.code == PYTQ_CODE_TRELLIS;
+        kernel = wide ? encode_kernel_of<8>(l) : encode_kernel_of<32>(l);
+        const int lanes = trellis && wide ? 8 : 32, warps = !trellis && wide ? 4 : 1, per_block = warps * (32 / lanes);
+        job.first_end = (int) ((n_first + per_block - 1) / per_block);
+        job.second_end = job.first_end + (int) ((n_second + per_block - 1) / per_block);
+        blocks = job.second_end + (job.rotate.n + per_block - 1) / per_block;
+        threads = 32 * warps;
+        const int d = n_second && job.p[1].l.d > l.d ? job.p[1].l.d : l.d;
+        shared_bytes = per_block * encode_parts(d, trellis && !wide).bytes;
+    }
+};
 
 } // namespace pytq

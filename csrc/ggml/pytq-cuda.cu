@@ -9,12 +9,17 @@
 #include "pytq-cuda.h"
 
 #include "fattn.cuh"
+#include "pytq-cuda-fuse.h"
+#include "pytq-portable.h"
+#if !defined(GGML_USE_HIP)
 #include "pytq-cuda-impl.cuh"
+#endif
 
 #include "cuda/decode-values.cuh"
 #include "cuda/encode.cuh"
 
 #include <algorithm>
+#include <climits>
 #include <cstdlib>
 #include <vector>
 
@@ -43,56 +48,23 @@ static int64_t encode_items(const pytq::encode_params & p) {
     return (int64_t) p.blocks_per_row * p.n1 * p.n2 * p.n3;
 }
 
-// second: further vectors for the same kernel, or null.
+// second: further vectors for the same kernel, or null. queries: a product by the Hadamard matrix to be done in the
+// same launch, or null.
 static void encode(ggml_backend_cuda_context & ctx, const pytq::encode_params & p, const pytq::encode_params * second,
-                   ggml_type type) {
+                   const ggml_tensor * queries) {
     const int64_t n = encode_items(p), n2 = second ? encode_items(*second) : 0;
-    if (n + n2 == 0) {
+    pytq::encode_job job = {{p, second ? *second : p}, {}, 0, 0};
+    if (queries) {
+        job.rotate = {(const float *) queries->src[1]->data, (float *) queries->data, (int) ggml_nrows(queries),
+                      (int) queries->ne[0], 1 / sqrtf((float) queries->ne[0])};
+    }
+    if (n + n2 + job.rotate.n == 0) {
         return;
     }
-    const int warps = n + n2 <= 512 ? 1 : 4;
-    const int64_t first = (n + warps - 1) / warps;
-    const pytq::encode_pair pair = {{p, second ? *second : p}, (int) first};
-    const dim3 grid((unsigned) (first + (n2 + warps - 1) / warps));
-    const int smem =
-        warps * std::max(pytq::encode_warp_bytes(p.l.d), second ? pytq::encode_warp_bytes(second->l.d) : 0);
-#define PYTQ_ENCODE(CODE, B) pytq::encode<CODE, B><<<grid, 32 * warps, smem, ctx.stream()>>>(pair)
-    if (p.l.code == PYTQ_CODE_SCALAR) {
-        switch (p.l.group_bits[0]) {
-            case 2:
-                PYTQ_ENCODE(PYTQ_CODE_SCALAR, 2);
-                break;
-            case 3:
-                PYTQ_ENCODE(PYTQ_CODE_SCALAR, 3);
-                break;
-            case 4:
-                PYTQ_ENCODE(PYTQ_CODE_SCALAR, 4);
-                break;
-            default:
-                GGML_ABORT("no encoder for %s", ggml_type_name(type));
-        }
-    } else if (p.l.n_groups > 1) {
-        PYTQ_ENCODE(PYTQ_CODE_TRELLIS, 0);
-    } else {
-        switch (p.l.group_bits[0]) {
-            case 2:
-                PYTQ_ENCODE(PYTQ_CODE_TRELLIS, 2);
-                break;
-            case 3:
-                PYTQ_ENCODE(PYTQ_CODE_TRELLIS, 3);
-                break;
-            case 4:
-                PYTQ_ENCODE(PYTQ_CODE_TRELLIS, 4);
-                break;
-            case 5:
-                PYTQ_ENCODE(PYTQ_CODE_TRELLIS, 5);
-                break;
-            default:
-                GGML_ABORT("no encoder for %s", ggml_type_name(type));
-        }
-    }
-#undef PYTQ_ENCODE
-    CUDA_CHECK(cudaGetLastError());
+    GGML_ASSERT(n + n2 + job.rotate.n < INT_MAX);
+    const pytq::encode_launch run(job, n, n2, n + n2 > pytq::encode_wide_from);
+    GGML_ASSERT(run.kernel);
+    ggml_cuda_kernel_launch(run.kernel, {dim3(run.blocks), dim3(run.threads), run.shared_bytes, ctx.stream()}, job);
 }
 
 static pytq::encode_params encode_from(const ggml_tensor * src, const ggml_tensor * dst) {
@@ -107,9 +79,14 @@ static pytq::encode_params encode_from(const ggml_tensor * src, const ggml_tenso
     return p;
 }
 
-static pytq::encode_params set_rows_params(const ggml_tensor * dst) {
+static pytq::encode_params set_rows_params(const pytq_cache_write & w) {
+    const ggml_tensor * dst = w.set_rows;
     const ggml_tensor * rows = dst->src[1];
     pytq::encode_params p = encode_from(dst->src[0], dst);
+    if (w.rotation) { // the product's operand has the layout of its result
+        p.src = (const char *) w.rotation->src[1]->data;
+        p.hadamard = 1 / sqrtf((float) p.l.d);
+    }
     p.rows = (const char *) rows->data;
     p.row_bytes = rows->type == GGML_TYPE_I64 ? 8 : 4;
     p.rows_nb0 = rows->nb[0], p.rows_nb1 = rows->nb[1], p.rows_nb2 = rows->nb[2];
@@ -117,37 +94,19 @@ static pytq::encode_params set_rows_params(const ggml_tensor * dst) {
     return p;
 }
 
-static void set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
-    encode(ctx, set_rows_params(dst), nullptr, dst->type);
-}
-
-static bool is_noop(const ggml_tensor * t) {
-    return t->op == GGML_OP_NONE || t->op == GGML_OP_RESHAPE || t->op == GGML_OP_VIEW || t->op == GGML_OP_PERMUTE ||
-           t->op == GGML_OP_TRANSPOSE;
-}
-
-int pytq_cuda_try_fuse(ggml_backend_cuda_context & ctx, ggml_tensor * const * nodes, int n_nodes) {
-    const ggml_tensor * a = nodes[0];
-    if (a->op != GGML_OP_SET_ROWS || !is_compressed(a)) {
-        return 0;
+static void set_rows(ggml_backend_cuda_context & ctx, const pytq_cache_writes & w) {
+    const pytq::encode_params first = set_rows_params(w.write[0]);
+    if (w.n_writes == 1) {
+        encode(ctx, first, nullptr, w.queries);
+        return;
     }
-    int j = 1;
-    while (j < n_nodes && is_noop(nodes[j])) {
-        j++;
-    }
-    const ggml_tensor * b = j < n_nodes ? nodes[j] : nullptr;
-    if (!b || b->op != GGML_OP_SET_ROWS || !is_compressed(b) || !(b->flags & GGML_TENSOR_FLAG_COMPUTE) ||
-        b->data == a->data) {
-        return 0;
-    }
-    const pytq::encode_params pa = set_rows_params(a), pb = set_rows_params(b);
-    const bool same = pa.l.code == pb.l.code && (pa.l.n_groups > 1) == (pb.l.n_groups > 1) &&
-                      (pa.l.n_groups > 1 || pa.l.group_bits[0] == pb.l.group_bits[0]);
+    const pytq::encode_params second = set_rows_params(w.write[1]);
+    const bool same = first.l.code == second.l.code && (first.l.n_groups > 1) == (second.l.n_groups > 1) &&
+                      (first.l.n_groups > 1 || first.l.group_bits[0] == second.l.group_bits[0]);
+    encode(ctx, first, same ? &second : nullptr, w.queries);
     if (!same) {
-        return 0;
+        encode(ctx, second, nullptr, nullptr);
     }
-    encode(ctx, pa, &pb, a->type);
-    return j;
 }
 
 // ------------------------------------------------------------------------------------------------ decode
@@ -186,7 +145,7 @@ static void copy(ggml_backend_cuda_context & ctx, ggml_tensor * node) {
     const ggml_tensor * src = node->src[0];
     const ggml_tensor * dst = node->src[1];
     if (is_compressed(dst)) {
-        encode(ctx, encode_from(src, dst), nullptr, dst->type);
+        encode(ctx, encode_from(src, dst), nullptr, nullptr);
         return;
     }
     pytq::values_params p = {};
@@ -199,6 +158,19 @@ static void copy(ggml_backend_cuda_context & ctx, ggml_tensor * node) {
 }
 
 // ------------------------------------------------------------------------------------------------ attention
+
+#if defined(GGML_USE_HIP)
+// One kernel for every shape; the tensor-core kernels below are NVIDIA's.
+static bool few_rows_kernel(ggml_backend_cuda_context *, ggml_tensor *, bool) {
+    return false;
+}
+static void flash_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    pytq_portable_attention(ctx, dst);
+}
+static bool flash_attn_supported(int, const ggml_tensor * dst) {
+    return pytq_portable_supported(dst);
+}
+#else
 
 static __global__ void q8_0_slice(const char * src, half * dst, int64_t nb1, int64_t nb2, int d, int n_tok,
                                   int n_head) {
@@ -436,6 +408,8 @@ static bool flash_attn_supported(int device, const ggml_tensor * dst) {
     return slices && ggml_cuda_flash_attn_ext_supported(device, &f.node);
 }
 
+#endif // GGML_USE_HIP
+
 // ------------------------------------------------------------------------------------------------ dispatch
 
 bool pytq_cuda_supports_op(int device, const ggml_tensor * op, bool * supported) {
@@ -492,7 +466,7 @@ bool pytq_cuda_compute(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     switch (dst->op) {
         case GGML_OP_SET_ROWS:
             if (is_compressed(dst)) {
-                set_rows(ctx, dst);
+                set_rows(ctx, {{{dst, nullptr}}, 1, nullptr, 0});
                 return true;
             }
             return false;
@@ -517,5 +491,39 @@ bool pytq_cuda_compute(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
             return false;
         default:
             return false;
+    }
+}
+
+int pytq_cuda_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i) {
+    ggml_tensor * node = graph->nodes[i];
+    if (!ctx.stream_context().concurrent_events.empty()) {
+        return 0; // nodes of several streams: each runs where it stands
+    }
+    switch (node->op) {
+        case GGML_OP_MUL_MAT:
+            return pytq_is_left_out(graph, i) ? 1 : 0;
+        case GGML_OP_SET_ROWS:
+            if (is_compressed(node)) {
+                const pytq_cache_writes w = pytq_match_cache_writes(graph, i);
+                set_rows(ctx, w);
+                return w.last - i + 1;
+            }
+            return 0;
+        case GGML_OP_FLASH_ATTN_EXT:
+            if (pytq_decode_rotates_output && (is_compressed(node->src[1]) || is_compressed(node->src[2]))) {
+                const int r = pytq_match_rotated_output(graph, i);
+                if (r < 0 || !few_rows_kernel(nullptr, node, true)) {
+                    return 0;
+                }
+                ggml_cuda_set_device(ctx.device);
+                ggml_tensor rotated = *node;
+                rotated.data = graph->nodes[r]->data;
+                ggml_set_op_params_i32(&rotated, pytq_rotate_output_param, 1);
+                GGML_ASSERT(few_rows_kernel(&ctx, &rotated, false));
+                return r - i + 1;
+            }
+            return 0;
+        default:
+            return 0;
     }
 }

@@ -4,6 +4,7 @@
 #include "ggml.h"
 
 struct ggml_backend_cuda_context;
+struct ggml_backend_graph_optimize_params;
 
 // Whether this node reads or writes a compressed type; *supported then says if this device runs it.
 bool pytq_cuda_supports_op(int device, const ggml_tensor * op, bool * supported);
@@ -11,6 +12,9 @@ bool pytq_cuda_supports_op(int device, const ggml_tensor * op, bool * supported)
 // Runs the node if pytq_cuda_supports_op() claimed it; false leaves it to upstream.
 bool pytq_cuda_compute(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 
-// Runs the cache writes of keys and values together if nodes[0] and the next node that does anything are both such
-// writes. Returns how many nodes after the first are done, 0 if nothing was run.
-int pytq_cuda_try_fuse(ggml_backend_cuda_context & ctx, ggml_tensor * const * nodes, int n_nodes);
+// Runs the patterns of pytq-cuda-fuse.h that begin at node i. Returns how many nodes from i on are done or left to a
+// later pattern, 0 if none.
+int pytq_cuda_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i);
+
+// Keeps the operands of those patterns allocated.
+void pytq_cuda_graph_optimize(const ggml_cgraph * graph, const ggml_backend_graph_optimize_params * params);

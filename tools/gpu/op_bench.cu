@@ -42,24 +42,16 @@ static pytq::layout layout_of(const pytq_type_info * t) {
     return l;
 }
 
-static void run_encode(const pytq_type_info * t, const float * x, char * dst, long long n_vec, cudaStream_t s) {
-    pytq::encode_params p = {};
+// wide: 0 for latency, 1 for throughput, -1 as the backend would choose
+static void run_encode(const pytq_type_info * t, const float * x, char * dst, long long n_vec, cudaStream_t s, int wide = -1, bool rotate = false) {
+    pytq::encode_job job = {};
+    pytq::encode_params & p = job.p[0];
     p.src = (const char *) x, p.dst = dst;
     p.src_nb1 = 4LL * t->head_dim, p.dst_nb1 = t->block_bytes;
     p.n1 = (int) n_vec, p.n2 = p.n3 = 1, p.blocks_per_row = 1, p.l = layout_of(t);
-    const int warps = n_vec <= 64 ? 1 : 4;
-    const dim3 grid((unsigned) ((n_vec + warps - 1) / warps));
-    const int smem = warps * pytq::encode_warp_bytes(t->head_dim);
-    const pytq::encode_pair pair = {{p, p}, (int) grid.x};
-#define E(CODE, B) pytq::encode<CODE, B><<<grid, 32 * warps, smem, s>>>(pair)
-    if (t->code == PYTQ_CODE_SCALAR) {
-        t->group_bits[0] == 2 ? E(0, 2) : t->group_bits[0] == 3 ? E(0, 3) : E(0, 4);
-    } else if (t->n_groups > 1) {
-        E(1, 0);
-    } else {
-        t->group_bits[0] == 2 ? E(1, 2) : t->group_bits[0] == 3 ? E(1, 3) : t->group_bits[0] == 4 ? E(1, 4) : E(1, 5);
-    }
-#undef E
+    p.hadamard = rotate ? 1 / sqrtf((float) t->head_dim) : 0.0f;
+    const pytq::encode_launch run(job, n_vec, 0, wide < 0 ? n_vec > pytq::encode_wide_from : wide);
+    run.kernel<<<run.blocks, run.threads, run.shared_bytes, s>>>(job);
     CHECK(cudaGetLastError());
 }
 
@@ -160,13 +152,45 @@ static void check_encode() {
         pytq_quantize_ref(t, x.data(), ref.data(), (int64_t) n_vec * d);
         float * dx = upload(x);
         uint8_t * dy = upload(got);
-        run_encode(t, dx, (char *) dy, n_vec, 0);
-        CHECK(cudaMemcpy(got.data(), dy, got.size(), cudaMemcpyDeviceToHost));
         int bad = 0, first = -1;
-        for (int v = 0; v < n_vec; v++) {
-            if (memcmp(&ref[(size_t) v * t->block_bytes], &got[(size_t) v * t->block_bytes], t->block_bytes)) {
-                bad++, first = first < 0 ? v : first;
+        for (int wide = 0; wide < 2; wide++) {
+            CHECK(cudaMemset(dy, 0x5a, got.size()));
+            run_encode(t, dx, (char *) dy, n_vec, 0, wide);
+            CHECK(cudaMemcpy(got.data(), dy, got.size(), cudaMemcpyDeviceToHost));
+            for (int v = 0; v < n_vec; v++) {
+                if (memcmp(&ref[(size_t) v * t->block_bytes], &got[(size_t) v * t->block_bytes], t->block_bytes)) {
+                    bad++, first = first < 0 ? v : first;
+                }
             }
+        }
+        // rotated in the encoder: the bytes of a vector that another launch rotated
+        if ((d & (d - 1)) == 0) {
+            std::vector<float> xr(x.size());
+            std::vector<uint8_t> want_r(ref.size());
+            float * dr = upload(xr);
+            pytq::encode_job job = {};
+            job.p[0].l = layout_of(t);
+            job.rotate = {dx, dr, n_vec, d, 1 / sqrtf((float) d)};
+            const pytq::encode_launch run(job, 0, 0, false);
+            run.kernel<<<run.blocks, run.threads, run.shared_bytes>>>(job);
+            CHECK(cudaMemcpy(xr.data(), dr, xr.size() * 4, cudaMemcpyDeviceToHost));
+            for (int v = 10; v < n_vec; v++) {
+                for (int c = 0; c < d; c++) {
+                    double sum = 0, size = 1e-30;
+                    for (int j = 0; j < d; j++) {
+                        const double e = x[(size_t) v * d + j] / sqrt((double) d);
+                        sum += __builtin_popcount(c & j) & 1 ? -e : e, size += fabs(e);
+                    }
+                    bad += !(fabs(xr[(size_t) v * d + c] - sum) < 1e-6 * size);
+                }
+            }
+            pytq_quantize_ref(t, xr.data(), want_r.data(), (int64_t) n_vec * d);
+            for (int wide = 0; wide < 2; wide++) {
+                run_encode(t, dx, (char *) dy, n_vec, 0, wide, true);
+                CHECK(cudaMemcpy(got.data(), dy, got.size(), cudaMemcpyDeviceToHost));
+                bad += memcmp(got.data(), want_r.data(), got.size()) != 0;
+            }
+            cudaFree(dr);
         }
         // values
         std::vector<float> want((size_t) n_vec * d), val(want.size());
@@ -364,13 +388,25 @@ template <int KT, int VT> static void time_attention(const char * name, attentio
     cudaFree(x), cudaFree(q), cudaFree(k), cudaFree(v), cudaFree(ek), cudaFree(ev), cudaFree(mask);
 }
 
-static void time_encode(const char * name, int n_vec) {
+static void time_encode(const char * name, int n_vec, int wide = -1, bool rotate = false) {
     const pytq_type_info * t = pytq_type_get(pytq_type_from_name(name));
     float * x = upload(gaussian((size_t) n_vec * t->head_dim, 11));
     char * y;
     CHECK(cudaMalloc(&y, (size_t) n_vec * t->block_bytes));
-    const double us = median_us([&](int) { run_encode(t, x, y, n_vec, 0); }, 50);
-    printf("{\"time\": \"encode\", \"type\": \"%s\", \"vectors\": %d, \"us\": %.2f}\n", name, n_vec, us);
+    cudaStream_t st;
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    CHECK(cudaStreamCreate(&st));
+    CHECK(cudaStreamBeginCapture(st, cudaStreamCaptureModeGlobal));
+    for (int i = 0; i < 50; i++) {
+        run_encode(t, x, y, n_vec, st, wide, rotate);
+    }
+    CHECK(cudaStreamEndCapture(st, &graph));
+    CHECK(cudaGraphInstantiate(&exec, graph, 0));
+    const double us = median_us([&](int) { CHECK(cudaGraphLaunch(exec, 0)); }, 1) / 50;
+    printf("{\"time\": \"encode\", \"type\": \"%s\", \"vectors\": %d, \"shape\": \"%s\", \"rotate\": %d, \"us\": %.2f}\n", name, n_vec,
+           wide < 0 ? "chosen" : wide ? "throughput" : "latency", rotate, us);
+    fflush(stdout);
     cudaFree(x), cudaFree(y);
 }
 
@@ -415,7 +451,14 @@ int main(int argc, char ** argv) {
             }
         }
     } else if (mode == "encode") {
-        time_encode("kv3_d128", 8);
+        for (int n : {16, 512, 1024, 2048, 8192}) {
+            time_encode("kv3_d128", n, 0);
+            time_encode("kv3_d128", n, 1);
+        }
+        for (const char * t : {"turbo3_d128", "turbo4_d128", "kv2_d128", "kv3_d128", "kv4_d128", "kv5_d128", "kv3s_d128", "kv3_d64", "kv3_d256"}) {
+            time_encode(t, 16, -1, true);
+            time_encode(t, 8192, -1, true);
+        }
     } else {
         char *c0, *c1;
         CHECK(cudaMalloc(&c0, 2000u << 20));
@@ -437,8 +480,8 @@ int main(int argc, char ** argv) {
             time_attention<KV4, KV2>("kv4/kv2", a, sms, gbs);
         }
         for (const char * t : {"turbo3_d128", "kv2_d128", "kv3_d128", "kv4_d128", "kv3s_d128"}) {
-            time_encode(t, 8);
-            time_encode(t, 4096);
+            time_encode(t, 16);
+            time_encode(t, 8192);
         }
         time_slice<KV3>("kv3_d128", 8192);
         time_slice<KV4>("kv4_d128", 8192);
