@@ -97,6 +97,20 @@ struct layout {
     int plane_off[5], plane_len[5];
 };
 
+inline layout layout_of(const pytq_type_info * t) {
+    layout l = {};
+    l.d = t->head_dim, l.code = t->code, l.scale_bytes = t->scale, l.n_groups = t->n_groups, l.n_planes = t->n_planes,
+    l.block_bytes = t->block_bytes;
+    for (int g = 0, at = 0; g < PYTQ_MAX_GROUPS; g++) {
+        at += t->group_len[g];
+        l.group_end[g] = at, l.group_bits[g] = t->group_bits[g];
+    }
+    for (int p = 0; p < PYTQ_MAX_PLANES; p++) {
+        l.plane_off[p] = t->plane_off[p], l.plane_len[p] = t->plane_len[p];
+    }
+    return l;
+}
+
 template <int ID> struct type; // only the rows of types.def exist
 
 #define PYTQ_TYPE(name, slot, hd, n0, b0, n1, b1, n2, b2)                                                              \

@@ -161,6 +161,8 @@ static void copy(ggml_backend_cuda_context & ctx, ggml_tensor * node) {
 
 #if defined(GGML_USE_HIP)
 // One kernel for every shape; the tensor-core kernels below are NVIDIA's.
+constexpr int pytq_rotate_output_param = 15;
+constexpr bool pytq_decode_rotates_output = false;
 static bool few_rows_kernel(ggml_backend_cuda_context *, ggml_tensor *, bool) {
     return false;
 }

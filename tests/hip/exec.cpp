@@ -17,21 +17,7 @@ alignas(16) thread_local char portable_smem[65536];
 
 namespace {
 
-using pytq::layout;
-
-layout layout_of(const pytq_type_info * t) {
-    layout l = {};
-    l.d = t->head_dim, l.code = t->code, l.scale_bytes = t->scale, l.n_groups = t->n_groups, l.n_planes = t->n_planes,
-    l.block_bytes = t->block_bytes;
-    for (int g = 0, at = 0; g < 3; g++) {
-        at += t->group_len[g];
-        l.group_end[g] = at, l.group_bits[g] = t->group_bits[g];
-    }
-    for (int p = 0; p < 5; p++) {
-        l.plane_off[p] = t->plane_off[p], l.plane_len[p] = t->plane_len[p];
-    }
-    return l;
-}
+using pytq::layout_of;
 
 std::mt19937 rng(7);
 

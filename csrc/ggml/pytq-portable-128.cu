@@ -1,0 +1,2 @@
+#define PYTQ_D 128
+#include "pytq-portable.cuh"

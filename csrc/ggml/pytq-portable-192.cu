@@ -1,0 +1,2 @@
+#define PYTQ_D 192
+#include "pytq-portable.cuh"

@@ -1,0 +1,2 @@
+#define PYTQ_D 256
+#include "pytq-portable.cuh"

@@ -1,0 +1,2 @@
+#define PYTQ_D 64
+#include "pytq-portable.cuh"

@@ -1,0 +1,2 @@
+#define PYTQ_D 80
+#include "pytq-portable.cuh"

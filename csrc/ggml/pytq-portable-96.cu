@@ -1,0 +1,2 @@
+#define PYTQ_D 96
+#include "pytq-portable.cuh"
