@@ -30,6 +30,8 @@ UNITS = {"": 1, "k": 10, "m": 20, "g": 30, "t": 40}
 
 
 AUTO = ("auto", "auto2", "auto3", "auto4")  # resolved per layer by a profile
+STORED = "stored"  # no flag at all: what the model file stores, else f16
+MIXED = "mixed"  # how llama.cpp's log calls types per layer
 
 
 @functools.cache
@@ -52,8 +54,8 @@ def known_types() -> list[str]:
 
 
 def is_pytq(name: str) -> bool:
-    """True for a type that only the patched build has."""
-    return name in pytq_types() or name in AUTO or name in PATCHED_ONLY
+    """True for a type that only the patched build has (the stock build does not look for stored types)."""
+    return name in pytq_types() or name in AUTO or name in PATCHED_ONLY or name == STORED
 
 
 def check_type(name: str) -> str:
@@ -72,9 +74,13 @@ def parse_pair(text: str) -> tuple[str, str]:
     return check_type(k), check_type(v)
 
 
-def parse_pairs(text: str) -> list[tuple[str, str]]:
-    """A comma-separated list of types or K/V pairs, without repetitions."""
-    pairs = [parse_pair(part) for part in text.split(",") if part.strip()]
+def parse_pairs(text: str, stored: bool = False) -> list[tuple[str, str]]:
+    """A comma-separated list of types or K/V pairs, without repetitions; with ``stored`` that word is a pair too."""
+    pairs = [
+        (STORED, STORED) if stored and part.strip().lower() == STORED else parse_pair(part)
+        for part in text.split(",")
+        if part.strip()
+    ]
     if not pairs:
         raise PytqError("no cache type given")
     return list(dict.fromkeys(pairs))
@@ -232,8 +238,23 @@ def open_model(path: Path | str) -> ModelInfo:
 def resolve(model: ModelInfo, types: tuple[str, str]) -> LayerTypes:
     """The types that the patched build stores per layer for requested ones, as ``pytq_kv_policy::layer_type`` does.
 
-    ``auto`` types take the profile's choice, and kv types of K its split layout where the profile has a transform.
+    ``stored`` takes what the model file says, ``auto`` types the profile's choice, and kv types of K the split layout
+    where the profile has a transform. PytqError for stored types that llama.cpp would refuse.
     """
+    return resolve_layers(model, *(_per_layer(model, *pair) for pair in zip("kv", types, strict=True)))
+
+
+def _per_layer(model: ModelInfo, side: str, name: str) -> list[str]:
+    from pytq.gguf.cache import stored_types
+
+    n_layer = len(model.hparams.layers)
+    if name == STORED:
+        return stored_types(model.layout, side, n_layer) or ["f16"] * n_layer
+    return [name] * n_layer
+
+
+def resolve_layers(model: ModelInfo, types_k: list[str], types_v: list[str]) -> LayerTypes:
+    """As ``resolve``, for types named layer by layer."""
     profile = model.profile
     tensors = {t.name for t in profile.tensors} if profile else set()
 
@@ -247,7 +268,27 @@ def resolve(model: ModelInfo, types: tuple[str, str]) -> LayerTypes:
             return split_type(name)
         return name
 
-    return lambda layer: (one(layer, "k", types[0]), one(layer, "v", types[1]))
+    return lambda layer: (one(layer, "k", types_k[layer.index]), one(layer, "v", types_v[layer.index]))
+
+
+def choose(model: ModelInfo, named: Sequence[str | None], own: tuple[str, str]) -> tuple[str, str]:
+    """K and V as pytq's commands choose them: a named type (or ``stored``), else what the model stores, else ``own``."""
+    from pytq.gguf.cache import has_stored
+
+    def one(side: str, name: str | None, default: str) -> str:
+        if name is not None:
+            return name if name == STORED else check_type(name.lower())
+        return STORED if has_stored(model.layout, side) else default
+
+    k, v = (one(*x) for x in zip("kv", named, own, strict=True))
+    return k, v
+
+
+def stored_names(model: ModelInfo, types: tuple[str, str]) -> tuple[str, str]:
+    """The requested names with stored ones in place of ``stored``; ``mixed`` where a file stores several."""
+    names = [set(_per_layer(model, *pair)) for pair in zip("kv", types, strict=True)]
+    k, v = (layers.pop() if len(layers) == 1 else MIXED for layers in names)
+    return k, v
 
 
 def compute_bytes(model: ModelInfo, plan: Plan) -> int:
@@ -297,9 +338,10 @@ def largest_ctx(
 
 
 def paste_flags(types: tuple[str, str], n_ctx: int, n_seq: int) -> str:
-    """The llama.cpp flags for this choice."""
+    """The llama.cpp flags for this choice; stored types need none."""
     slots = f" -np {n_seq}" if n_seq > 1 else ""
-    return f"-fa on -ctk {types[0]} -ctv {types[1]} -c {n_ctx}{slots}"
+    named = "".join(f" -ct{side} {name}" for side, name in zip("kv", types, strict=True) if name != STORED)
+    return f"-fa on{named} -c {n_ctx}{slots}"
 
 
 def estimate(

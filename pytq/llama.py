@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from pytq import estimate, paths
-from pytq.codec.table import FAMILY_STRIDE, STOCK, load_types
+from pytq.codec.table import STOCK, families, load_types
 from pytq.errors import PytqError
 from pytq.model import gguf_check
 
@@ -25,11 +26,8 @@ DEFAULT_K, DEFAULT_V = "turbo4", "turbo3"
 
 def type_ids() -> dict[str, int]:
     """ggml type id of every cache type by the name of its flag."""
-    ids = {name: identifier for name, identifier, _, _ in STOCK}
-    for row in load_types():
-        # slot 0 of a family is the flag; the KV cache picks the concrete type by head_dim
-        ids[row.family] = row.id - row.id % FAMILY_STRIDE
-    return ids
+    # the id of a family is the flag; the KV cache picks the concrete type by head_dim
+    return {name: identifier for name, identifier, _, _ in STOCK} | families()
 
 
 def type_id(cache_type: str | int) -> int:
@@ -105,8 +103,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[name-defined]
 
     Args:
         model_path: a GGUF file.
-        cache_type_k: type of the key cache: a name (``pytq types`` lists them) or a ggml type id.
-        cache_type_v: type of the value cache.
+        cache_type_k: type of the key cache: a name (``pytq types`` lists them) or a ggml type id. None takes what the
+            model file stores (``pytq gguf set-cache``), else turbo4; "stored" takes that or f16.
+        cache_type_v: type of the value cache; None: what the model file stores, else turbo3.
         flash_attn: None turns flash attention on where the types need it; False with such a type is an error.
         type_k: the id as ``llama_cpp.Llama`` takes it; used instead of ``cache_type_k`` when given.
         type_v: likewise for values.
@@ -121,8 +120,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[name-defined]
         self,
         model_path: str | os.PathLike[str],
         *,
-        cache_type_k: str | int = DEFAULT_K,
-        cache_type_v: str | int = DEFAULT_V,
+        cache_type_k: str | int | None = None,
+        cache_type_v: str | int | None = None,
         flash_attn: bool | None = None,
         type_k: int | None = None,
         type_v: int | None = None,
@@ -130,11 +129,13 @@ class Llama(llama_cpp.Llama):  # type: ignore[name-defined]
     ) -> None:
         # the binding's destructor expects it, whatever is refused below
         self._stack = contextlib.ExitStack()
-        id_k = type_id(cache_type_k if type_k is None else type_k)
-        id_v = type_id(cache_type_v if type_v is None else type_v)
-        self.cache_type_k, self.cache_type_v = type_name(id_k), type_name(id_v)
+        named = [
+            _named(cache_type_k if type_k is None else type_k),
+            _named(cache_type_v if type_v is None else type_v),
+        ]
         gguf_check(model_path)
         self._info = estimate.open_model(Path(model_path))
+        self.cache_type_k, self.cache_type_v = estimate.choose(self._info, named, (DEFAULT_K, DEFAULT_V))
         estimate.check_pair(self._info, self.cache_type_k, self.cache_type_v)
         for name in (self.cache_type_k, self.cache_type_v):
             # the types' own functions are in the library exactly if this one is
@@ -143,7 +144,15 @@ class Llama(llama_cpp.Llama):  # type: ignore[name-defined]
                     f"the library in {os.environ['LLAMA_CPP_LIB_PATH']} has no cache type {name}: it is not a patched "
                     "build; unset LLAMA_CPP_LIB_PATH and run `pytq build --patched`"
                 )
-        needed = needs_flash_attention(self.cache_type_k, self.cache_type_v)
+        # stored types are not passed on: an id would set aside what the file says per layer
+        id_k, id_v = (
+            None if name == estimate.STORED else type_id(name)
+            for name in (self.cache_type_k, self.cache_type_v)
+        )
+        pairs = map(
+            estimate.resolve(self._info, (self.cache_type_k, self.cache_type_v)), self._info.hparams.kv_layers
+        )
+        needed = any(needs_flash_attention(k, v) for k, v in pairs)
         if needed and flash_attn is False:
             raise PytqError(
                 f"cache types {self.cache_type_k} / {self.cache_type_v} need flash attention: leave flash_attn "
@@ -167,8 +176,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[name-defined]
         """What the KV cache of this context is.
 
         Returns:
-            ``requested`` and ``effective`` types of K and V (effective ones are concrete: one per head_dim),
-            ``bits_per_value`` over both and of each, every scale counted, and ``cache_bytes``.
+            ``requested`` types of K and V (names of flags; a stored one in place of "stored", "mixed" if the file
+            stores several), ``effective`` ones (what the layers hold, each once: profile, stored types and head_dim
+            decide), ``bits_per_value`` over both and of each, every scale counted, and ``cache_bytes``.
         """
         shape = self._info.hparams
         params = self.context_params
@@ -179,14 +189,15 @@ class Llama(llama_cpp.Llama):  # type: ignore[name-defined]
             max(1, params.n_ubatch),
             bool(params.swa_full),
         )
-        size = estimate.cache_size(shape, (self.cache_type_k, self.cache_type_v), plan)
-        dims_k = sorted({layer.head_dim_k for layer in shape.kv_layers})
-        dims_v = sorted({layer.head_dim_v for layer in shape.kv_layers if layer.head_dim_v})
+        types = (self.cache_type_k, self.cache_type_v)
+        resolve = estimate.resolve(self._info, types)
+        size = estimate.cache_size(shape, resolve, plan)
+        requested = estimate.stored_names(self._info, types)
         return {
-            "requested": {"k": self.cache_type_k, "v": self.cache_type_v},
+            "requested": dict(zip("kv", requested, strict=True)),
             "effective": {
-                "k": _concrete(self.cache_type_k, dims_k),
-                "v": _concrete(self.cache_type_v, dims_v),
+                "k": _once(_concrete(resolve(x)[0], x.head_dim_k) for x in shape.kv_layers),
+                "v": _once(_concrete(resolve(x)[1], x.head_dim_v) for x in shape.kv_layers if x.head_dim_v),
             },
             "bits_per_value": size.bits,
             "bits_k": 8 * size.k / size.values_k if size.values_k else 0.0,
@@ -196,7 +207,19 @@ class Llama(llama_cpp.Llama):  # type: ignore[name-defined]
         }
 
 
-def _concrete(name: str, head_dims: list[int]) -> list[str]:
-    if name not in estimate.pytq_types():
-        return [name]
-    return [f"{name}_d{d}" for d in head_dims]
+def _named(cache_type: str | int | None) -> str | None:
+    """Name of the flag that was asked for, ``stored``, or None; PytqError for an unknown one."""
+    unset = int(llama_cpp.llama_context_default_params().type_k)  # a value of its own in the patched library
+    if cache_type is None or cache_type == estimate.STORED:
+        return cache_type
+    if cache_type == unset and unset not in type_ids().values():
+        return estimate.STORED
+    return type_name(type_id(cache_type))
+
+
+def _concrete(name: str, head_dim: int) -> str:
+    return f"{name}_d{head_dim}" if name in estimate.pytq_types() else name
+
+
+def _once(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(names))

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from pytq import estimate as est
 from pytq.errors import PytqError
-from pytq.gguf import cache
 
 DEFAULT_TYPES = ("kv4", "kv3")
 DEFAULT_CTX = 8192  # per slot, where the model allows it
@@ -35,10 +34,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Ready:
-    """A request that passed the checks: the server's arguments and what they will take."""
+    """A request that passed the checks: the server's arguments and what they will take.
+
+    ``types`` are names of flags, or ``stored``; ``names`` are for people.
+    """
 
     arguments: tuple[str, ...]
     types: tuple[str, str]
+    names: tuple[str, str]
     plan: est.Plan
     size: est.CacheSize
     needed: int
@@ -73,7 +76,10 @@ def prepare(request: Request, available: int | None) -> Ready:
     if available is not None and needed > available:
         raise PytqError(memory_advice(info, types, plan, needed, available))
     check_port(request.host, request.port)
-    arguments = ["-m", str(request.model), "-fa", "on", "-ctk", types[0], "-ctv", types[1]]
+    arguments = ["-m", str(request.model), "-fa", "on"]
+    for flag, name in zip(("-ctk", "-ctv"), types, strict=True):
+        # a flag would set aside what the model stores per layer
+        arguments += [flag, name] if name != est.STORED else []
     arguments += [
         "-c",
         str(plan.n_ctx),
@@ -86,33 +92,21 @@ def prepare(request: Request, available: int | None) -> Ready:
     ]
     if request.unified:
         arguments.append("--kv-unified")
-    return Ready((*arguments, *request.extra), types, plan, size, needed)
+    return Ready((*arguments, *request.extra), types, est.stored_names(info, types), plan, size, needed)
 
 
 def choose_types(info: est.ModelInfo, request: Request) -> tuple[str, str]:
-    """Flags first, then the defaults stored in the model, then pytq's own where the model's heads allow them."""
-    chosen = []
-    for flag, key, own, dims in zip(
-        (request.type_k, request.type_v),
-        cache.TYPE_KEYS,
-        DEFAULT_TYPES,
-        ([x.head_dim_k for x in info.hparams.kv_layers], [x.head_dim_v for x in info.hparams.kv_layers]),
-        strict=True,
-    ):
-        if flag is not None:
-            chosen.append(est.check_type(flag.lower()))
-            continue
-        stored = info.layout.get(key)
-        if stored is not None:
-            chosen.append(est.check_type(str(stored)))
-            continue
-        for dim in {d for d in dims if d}:
-            if dim not in est.pytq_types()[own]:
+    """As ``estimate.choose`` with kv4 and kv3 of our own; PytqError where the model's heads do not allow those."""
+    chosen = est.choose(info, (request.type_k, request.type_v), DEFAULT_TYPES)
+    layers = info.hparams.kv_layers
+    dims = ({x.head_dim_k for x in layers}, {x.head_dim_v for x in layers if x.head_dim_v})
+    for flag, name, sizes in zip((request.type_k, request.type_v), chosen, dims, strict=True):
+        for dim in sizes if flag is None and name in DEFAULT_TYPES else ():
+            if dim not in est.pytq_types()[name]:
                 raise PytqError(
                     f"head_dim {dim} has no pytq type; name a stock type, such as -ctk q8_0 -ctv q8_0 (or f16)"
                 )
-        chosen.append(own)
-    return chosen[0], chosen[1]
+    return chosen
 
 
 def memory_advice(

@@ -86,6 +86,41 @@ def test_defaults_are_turbo4_and_turbo3(open_llama: Open) -> None:
     assert report["cache_bytes"] == 512 * 30 * 3 * (34 + 26)
 
 
+def test_types_stored_in_the_model(bridge: Any, model: Path, tmp_path: Path) -> None:
+    stored = tmp_path / "stored.gguf"
+    arguments = [
+        "gguf",
+        "set-cache",
+        str(model),
+        "-ctk",
+        "kv4",
+        "-ctv",
+        "kv3",
+        "--layer",
+        "0-1=q8_0/",
+        "-o",
+        str(stored),
+    ]
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    options = {"n_ctx": 512, "verbose": False}
+    llama = bridge.Llama(stored, **options)
+    report = llama.cache_report()
+    assert report["requested"] == {"k": "mixed", "v": "kv3"}
+    assert report["effective"] == {"k": ["q8_0", "kv4_d64"], "v": ["kv3_d64"]}
+    assert report["cache_bytes"] == 512 * 3 * (2 * 68 + 28 * 33 + 30 * 25)
+    state = len(llama.save_state().llama_state)
+    again = pickle.loads(pickle.dumps(llama))
+    assert again.cache_report() == report
+    again.close()
+    llama.close()
+    named = bridge.Llama(stored, cache_type_k="kv3", **options)
+    assert named.cache_report()["effective"] == {"k": ["kv3_d64"], "v": ["kv3_d64"]}
+    assert len(named.save_state().llama_state) <= state
+    named.close()
+    result = CliRunner().invoke(main, ["run", str(stored), "-p", PROMPT, "-n", "4", "-c", "512", "--json"])
+    assert result.exit_code == 0 and json.loads(result.stdout)["requested"] == {"k": "mixed", "v": "kv3"}
+
+
 def test_ids_and_constants_as_before(open_llama: Open, bridge: Any) -> None:
     q8 = bridge.llama_cpp.GGML_TYPE_Q8_0
     by_name = open_llama("q8_0", "q4_0")
@@ -99,6 +134,8 @@ def test_ids_and_constants_as_before(open_llama: Open, bridge: Any) -> None:
 def test_streaming_is_the_same_text(open_llama: Open) -> None:
     llama = open_llama("turbo4", "turbo3")
     whole = text(llama)
+    # else the prompt is reused but for its last token, and sums over other batches round differently
+    llama.reset()
     parts = llama(PROMPT, max_tokens=12, temperature=0, stream=True)
     assert "".join(part["choices"][0]["text"] for part in parts) == whole
 
@@ -219,3 +256,49 @@ def test_run_streams_and_reports(bridge: Any, model: Path) -> None:
 
 def test_run_refuses_a_prompt_longer_than_the_context(bridge: Any, model: Path) -> None:
     assert "tokens, the context 256" in refused(["run", str(model), "-p", "many words " * 400, "-c", "256"])
+
+
+@pytest.fixture(scope="module")
+def profile(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small profile of the model, made by another process: calibration loads the stock library."""
+    path = tmp_path_factory.mktemp("profile") / "m.kvprofile.gguf"
+    command = [sys.executable, "-m", "pytq", "calibrate", str(model), "--tokens", "2048", "-o", str(path)]
+    subprocess.run(command, check=True, capture_output=True)
+    return path
+
+
+def shifted_logits(llama: Any, shift: bool) -> Any:
+    """Log probabilities after a long text whose tokens 50 to 149 were dropped, the rest moved down, as a server does
+    when the context is full; without ``shift``, after the whole text."""
+    text = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
+    tokens = llama.tokenize(text.encode())[:300]
+    llama.reset()
+    llama.eval(tokens[:-1])
+    if shift:
+        llama._ctx.kv_cache_seq_rm(0, 50, 150)
+        llama._ctx.kv_cache_seq_shift(0, 150, -1, -100)
+        llama.n_tokens -= 100
+    llama.eval(tokens[-1:])
+    logits = np.ctypeslib.as_array(llama._ctx.get_logits(), shape=(llama.n_vocab(),)).astype(np.float64)
+    logits -= logits.max()
+    return logits - np.log(np.exp(logits).sum())
+
+
+def divergence(p: Any, q: Any) -> float:
+    return float((np.exp(p) * (p - q)).sum())
+
+
+@pytest.mark.parametrize("with_profile", [False, True], ids=["plain", "profile"])
+def test_context_shift_moves_transformed_keys(
+    with_profile: bool, open_llama: Open, profile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decode, undo the transform, rotate, redo, encode: the shifted cache predicts what a shifted f16 cache does."""
+    monkeypatch.setenv("PYTQ_KV_PROFILE", str(profile) if with_profile else "none")
+    exact = open_llama("f16", "f16")
+    ours = open_llama("kv4", "f16")
+    want = shifted_logits(exact, True)
+    moved = divergence(want, shifted_logits(ours, True))
+    still = divergence(shifted_logits(exact, False), shifted_logits(ours, False))
+    assert moved < 2 * still + 0.02
+    # the wrong context, or keys left where they were, would be seen
+    assert moved < 0.2 * divergence(want, shifted_logits(exact, False))

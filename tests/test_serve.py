@@ -60,11 +60,16 @@ def test_defaults_are_per_slot_and_within_the_model(small: Path, free_port: int)
 
 
 def test_types_stored_in_the_model(small: Path, tmp_path: Path, free_port: int) -> None:
+    """The server reads them itself: a flag would set aside what the file says per layer."""
     stored = tmp_path / "stored.gguf"
     layout = read_layout(small)
-    edit.write(edit.plan(layout, cache.edit_set(layout, "turbo4", "q8_0")), stored)
-    assert serve.prepare(serve.Request(stored, port=free_port), None).types == ("turbo4", "q8_0")
-    assert serve.prepare(serve.Request(stored, type_k="kv2", port=free_port), None).types == ("kv2", "q8_0")
+    change = cache.edit_set(layout, "turbo4", "q8_0", [cache.parse_override("1=f16/")])
+    edit.write(edit.plan(layout, change), stored)
+    ready = serve.prepare(serve.Request(stored, port=free_port), None)
+    assert ready.names == ("mixed", "q8_0") and not {"-ctk", "-ctv"} & set(ready.arguments)
+    assert ready.size.k == ready.plan.cells * 2 * (est.head_bytes("turbo4", 64) + est.head_bytes("f16", 64))
+    half = serve.prepare(serve.Request(stored, type_k="kv2", port=free_port), None)
+    assert half.names == ("kv2", "q8_0") and "-ctk kv2 -c" in " ".join(half.arguments)
 
 
 def test_memory_advice_names_a_context_that_fits(small: Path, free_port: int) -> None:

@@ -20,7 +20,8 @@ endfunction()
 # The codecs live once, in ggml-base; every other library finds them there.
 target_sources(ggml-base PRIVATE $<TARGET_OBJECTS:pytq> ${PYTQ_DIR}/csrc/ggml/pytq-ggml.c)
 target_sources(ggml-cpu PRIVATE ${PYTQ_DIR}/csrc/ggml/pytq-flash-attn.cpp)
-target_sources(llama PRIVATE ${PYTQ_DIR}/csrc/ggml/pytq-kv.cpp ${PYTQ_DIR}/csrc/ggml/pytq-profile.cpp)
+target_sources(llama PRIVATE
+    ${PYTQ_DIR}/csrc/ggml/pytq-kv.cpp ${PYTQ_DIR}/csrc/ggml/pytq-cache-keys.cpp ${PYTQ_DIR}/csrc/ggml/pytq-profile.cpp)
 # a patched header of llama reaches all its files
 target_include_directories(llama PRIVATE ${PYTQ_INCLUDE})
 if (TARGET ggml-cuda)

@@ -3,6 +3,7 @@
 
 #include "ggml.h"
 #include "layout.h"
+#include "pytq-cache-ids.h"
 #include "pytq-flash-attn.h"
 #include "pytq.h"
 

@@ -19,33 +19,22 @@ ggml_type pytq_kv_layer_type(ggml_type requested, uint32_t head_dim, char kv, ui
     return (ggml_type) id;
 }
 
-int pytq_kv_rot_size(ggml_type requested, int32_t head_dim_all, int n_stock) {
-    return pytq_is_type(requested) ? head_dim_all : n_stock;
-}
-
-void pytq_kv_add_hadamard(std::unordered_map<int64_t, std::vector<float>> & table, ggml_type requested,
-                          int32_t head_dim_all) {
-    if (!pytq_is_type(requested) || table.count(head_dim_all)) {
+void pytq_kv_add_hadamard(std::unordered_map<int64_t, std::vector<float>> & table, int32_t head_dim) {
+    if (table.count(head_dim)) {
         return;
     }
-    if (head_dim_all <= 0) {
-        throw std::runtime_error(
-            std::string("cache type ") + ggml_type_name(requested) +
-            " needs the same head_dim in all layers of a cache; use a stock type such as q8_0 for this model");
+    std::vector<float> matrix((size_t) head_dim * head_dim);
+    if (pytq_hadamard(matrix.data(), head_dim) != 0) {
+        throw std::runtime_error("no Hadamard rotation of order " + std::to_string(head_dim));
     }
-    std::vector<float> matrix((size_t) head_dim_all * head_dim_all);
-    if (pytq_hadamard(matrix.data(), head_dim_all) != 0) {
-        throw std::runtime_error("no Hadamard rotation of order " + std::to_string(head_dim_all));
-    }
-    table[head_dim_all] = std::move(matrix);
+    table[head_dim] = std::move(matrix);
 }
 
-bool pytq_kv_can_shift(ggml_type type_k, uint32_t head_dim, uint32_t n_rot) {
-    return !pytq_is_type(type_k) || head_dim == n_rot;
-}
-
-double pytq_kv_bits(ggml_type type) {
-    return 8.0 * (double) ggml_type_size(type) / (double) ggml_blck_size(type);
+const std::vector<ggml_type> & pytq_stock_cache_types() {
+    static const std::vector<ggml_type> types = {GGML_TYPE_F32,    GGML_TYPE_F16,  GGML_TYPE_BF16,
+                                                 GGML_TYPE_Q8_0,   GGML_TYPE_Q4_0, GGML_TYPE_Q4_1,
+                                                 GGML_TYPE_IQ4_NL, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1};
+    return types;
 }
 
 const std::vector<ggml_type> & pytq_cache_types() {

@@ -1,7 +1,8 @@
-// What the patched llama-kv-cache.cpp calls: which concrete type and which rotation a cache gets.
+// Cache types by name and by head size, and the rotation of whole head vectors.
 #pragma once
 
 #include "ggml.h"
+#include "pytq-cache-keys.h"
 #include "pytq.h"
 
 #include <cstdint>
@@ -13,22 +14,26 @@
 // Throws std::runtime_error with one clear line if the head size has no block of this type.
 ggml_type pytq_kv_layer_type(ggml_type requested, uint32_t head_dim, char kv, uint32_t il);
 
-// Order of the rotation that the upstream hook applies for this cache: head_dim for pytq types (one scale serves the
-// whole head vector, so all of it is mixed), n_stock for the others. Throws if a pytq cache mixes head sizes
-// (head_dim_all == -1).
-int pytq_kv_rot_size(ggml_type requested, int32_t head_dim_all, int n_stock);
-
 // Adds the symmetric orthonormal Hadamard matrix of this order to upstream's table.
-void pytq_kv_add_hadamard(std::unordered_map<int64_t, std::vector<float>> & table, ggml_type requested,
-                          int32_t head_dim_all);
+void pytq_kv_add_hadamard(std::unordered_map<int64_t, std::vector<float>> & table, int32_t head_dim);
 
-// Whether cached keys of this type can be re-rotated in place (context shift): the block must be the whole roped
-// vector.
-bool pytq_kv_can_shift(ggml_type type_k, uint32_t head_dim, uint32_t n_rot);
+// What upstream offers for --cache-type-k (kv_cache_types in common/arg.cpp, which libllama cannot see).
+const std::vector<ggml_type> & pytq_stock_cache_types();
 
-// Bits per value of a type as stored, counting scales.
-double pytq_kv_bits(ggml_type type);
-
-// Flags for --cache-type-k / --cache-type-v, and their ids; GGML_TYPE_COUNT for an unknown name.
+// Flags that the patches add to --cache-type-k / --cache-type-v, and their ids; GGML_TYPE_COUNT for an unknown name.
 const std::vector<ggml_type> & pytq_cache_types();
 ggml_type pytq_cache_type_from_name(const std::string & name);
+
+// A tree with an earlier version of the series still calls these.
+inline int pytq_kv_rot_size(ggml_type type, int32_t head_dim, int n_stock) {
+    return pytq_is_type(type) ? head_dim : n_stock;
+}
+inline bool pytq_kv_can_shift(ggml_type type_k, uint32_t head_dim, uint32_t n_rot) {
+    return !pytq_is_type(type_k) || head_dim == n_rot;
+}
+inline void pytq_kv_add_hadamard(std::unordered_map<int64_t, std::vector<float>> & table, ggml_type type,
+                                 int32_t head_dim) {
+    if (pytq_is_type(type)) {
+        pytq_kv_add_hadamard(table, head_dim);
+    }
+}

@@ -1,11 +1,12 @@
 #include "pytq-profile.h"
 
 #include "codecs/hadamard.h"
-#include "gguf.h"
+#include "llama-hparams.h"
 #include "llama-impl.h"
 #include "pytq-kv.h"
 #include "pytq.h"
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdio>
@@ -384,19 +385,29 @@ void pytq_set_kv_profile(const char * path) {
     chosen_path = path ? path : "";
 }
 
-void pytq_model_loaded(const llama_model * model, const std::string & path) {
+void pytq_model_loaded(const llama_model * model, const gguf_context * metadata, const std::string & path) {
+    pytq_cache_keys_loaded(model, metadata);
     std::lock_guard<std::mutex> lock(global_mutex);
     model_paths[model] = path;
 }
 
 void pytq_model_freed(const llama_model * model) {
+    pytq_cache_keys_freed(model);
     std::lock_guard<std::mutex> lock(global_mutex);
     model_paths.erase(model);
 }
 
-pytq_kv_policy::pytq_kv_policy(const llama_model * model, ggml_type type_k, ggml_type type_v)
-    : type_k(type_k), type_v(type_v) {
-    if (wants_profile(type_k) || wants_profile(type_v)) {
+pytq_kv_policy::pytq_kv_policy(const llama_model * model, ggml_type type_k, ggml_type type_v) {
+    bool wanted = false;
+    for (const char kv : {'k', 'v'}) {
+        side & s = kv == 'k' ? k : v;
+        s.requested = kv == 'k' ? type_k : type_v;
+        if (s.requested == PYTQ_CACHE_MIXED) {
+            s.stored = pytq_stored_cache_types(model, kv);
+        }
+        wanted = wanted || wants_profile(s.requested) || std::any_of(s.stored.begin(), s.stored.end(), wants_profile);
+    }
+    if (wanted) {
         std::string path;
         {
             std::lock_guard<std::mutex> lock(global_mutex);
@@ -412,7 +423,47 @@ pytq_kv_policy::pytq_kv_policy(const llama_model * model, ggml_type type_k, ggml
 
 ggml_type pytq_kv_policy::layer_type(char kv, uint32_t head_dim, uint32_t n_head_kv, uint32_t il,
                                      ggml_backend_buffer_type_t buft) {
-    ggml_type requested = kv == 'k' ? type_k : type_v;
+    const ggml_type out = concrete(kv, head_dim, n_head_kv, il, buft);
+    side & s = kv == 'k' ? k : v;
+    s.quantised = s.quantised || ggml_is_quantized(out);
+    if (pytq_is_type(out)) {
+        s.whole[il] = head_dim;
+    }
+    if (kv == 'k' && out != s.requested && !ggml_is_quantized(out)) { // the other layers may be rotated
+        transforms[il].identity = true;
+    }
+    return out;
+}
+
+bool pytq_kv_policy::rotates(char kv, uint32_t head_dim) const {
+    return !of(kv).whole.empty() || (of(kv).quantised && head_dim % 64 == 0);
+}
+
+int pytq_kv_policy::rot_size(char kv, int32_t head_dim, int n_stock) const {
+    return of(kv).whole.empty() ? n_stock : head_dim;
+}
+
+void pytq_kv_policy::add_hadamard(std::unordered_map<int64_t, std::vector<float>> & table, char kv,
+                                  int32_t head_dim) const {
+    if (of(kv).whole.empty()) {
+        return;
+    }
+    if (head_dim <= 0) {
+        throw std::runtime_error(std::string("cache type ") + ggml_type_name(of(kv).of(of(kv).whole.begin()->first)) +
+                                 " needs the same head_dim in all layers of a cache; use a stock type such as q8_0 for "
+                                 "this model");
+    }
+    pytq_kv_add_hadamard(table, head_dim);
+}
+
+bool pytq_kv_policy::can_shift(const llama_hparams & hparams) const {
+    return std::all_of(k.whole.begin(), k.whole.end(),
+                       [&](const auto & layer) { return hparams.n_rot(layer.first) == layer.second; });
+}
+
+ggml_type pytq_kv_policy::concrete(char kv, uint32_t head_dim, uint32_t n_head_kv, uint32_t il,
+                                   ggml_backend_buffer_type_t buft) {
+    ggml_type requested = of(kv).of(il);
     const std::string flag = ggml_type_name(requested);
     if (pytq_is_type(requested) && flag.compare(0, 4, "auto") == 0) {
         if (!data) {
@@ -542,12 +593,15 @@ static ggml_tensor * per_head(ggml_context * ctx, ggml_tensor * m, ggml_tensor *
 
 ggml_tensor * pytq_rotate_q(ggml_context * ctx, ggml_tensor * q, ggml_tensor * rot, const pytq_k_transform * t) {
     if (t) {
-        return per_head(ctx, t->rot_q, q);
+        return t->identity ? q : per_head(ctx, t->rot_q, q);
     }
     return rot ? llama_mul_mat_hadamard(ctx, q, rot) : q;
 }
 
 ggml_tensor * pytq_rotate_k(ggml_context * ctx, ggml_tensor * k, ggml_tensor * rot, const pytq_k_transform * t) {
+    if (t && t->identity) {
+        return k;
+    }
     if (t) {
         // the cache write wants the heads of one token side by side
         return ggml_sub(ctx, ggml_cont(ctx, per_head(ctx, t->rot_k, k)), t->centre);

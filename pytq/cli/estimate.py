@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from pytq import estimate as est
+from pytq.gguf import cache
 
 
 @click.command("estimate")
@@ -16,7 +17,10 @@ from pytq import estimate as est
 @click.option(
     "--ctx", "-c", type=int, help="Tokens of context in total (default: the model's limit, at most 32768)."
 )
-@click.option("--types", default=est.DEFAULT_PAIRS, show_default=True, help="Cache types or K/V pairs.")
+@click.option(
+    "--types",
+    help=f"Cache types or K/V pairs; 'stored': what MODEL itself names. [default: {est.DEFAULT_PAIRS}, and stored]",
+)
 @click.option("--budget", help="Memory for weights, cache and compute together, such as 8GiB.")
 @click.option("--parallel", "-np", type=int, default=1, show_default=True, help="Sequences that share --ctx.")
 @click.option("--unified", is_flag=True, help="One cache for all sequences (--kv-unified).")
@@ -28,7 +32,7 @@ from pytq import estimate as est
 def command(
     model: Path,
     ctx: int | None,
-    types: str,
+    types: str | None,
     budget: str | None,
     parallel: int,
     unified: bool,
@@ -40,9 +44,11 @@ def command(
 
     With --budget: the largest context per type that fits beside the weights.
     """
-    pairs = est.parse_pairs(types)
+    pairs = est.parse_pairs(est.DEFAULT_PAIRS if types is None else types, stored=True)
     size = est.parse_bytes(budget) if budget is not None else None
     info = dataclasses.replace(est.open_model(model), assume_profile=profile)
+    if types is None and any(cache.has_stored(info.layout, side) for side in "kv"):
+        pairs.insert(0, (est.STORED, est.STORED))
     shape = info.hparams
     n_ctx = ctx if ctx is not None else min(shape.n_ctx_train, 32768) * (1 if unified else parallel)
     plan = est.Plan(n_ctx, parallel, unified, ubatch)
@@ -122,4 +128,6 @@ def _print(info: est.ModelInfo, plan: est.Plan, rows: list[dict], budget: int | 
     for note in shape.notes:
         console.print(f"note: {note}", highlight=False)
     if any(row.get("patched") for row in rows):
-        console.print("note: turbo, kv, mxfp4 and nvfp4 caches need the patched build (pytq serve, pytq run)")
+        console.print(
+            "note: turbo, kv, auto, stored, mxfp4 and nvfp4 need the patched build (pytq serve, pytq run)"
+        )

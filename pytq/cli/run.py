@@ -6,23 +6,28 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pytq.errors import PytqError
 
+if TYPE_CHECKING:
+    from pytq.estimate import ModelInfo
 
-def _warn_of_constant_keys(model: Path, cache_type_k: str) -> None:
+DEFAULT_K, DEFAULT_V = "turbo4", "turbo3"  # as pytq.Llama, which is imported only when all is checked
+
+
+def _warn_of_constant_keys(info: ModelInfo, types: tuple[str, str]) -> None:
     """Says on stderr that the model needs a profile, unless one is there or the keys keep 8 bits and more."""
     from pytq.calibrate import constant_key_warning
-    from pytq.gguf import profile
-    from pytq.gguf.layout import read_layout
+    from pytq.estimate import resolve
 
-    if cache_type_k in ("f32", "f16", "bf16", "q8_0"):
+    keys = {resolve(info, types)(layer)[0] for layer in info.hparams.kv_layers}
+    if info.profile is not None or keys <= {"f32", "f16", "bf16", "q8_0"}:
         return
-    warning = constant_key_warning(model)
-    if warning and profile.find(read_layout(model)) is None:
+    warning = constant_key_warning(info.path)
+    if warning:
         click.echo(f"warning: {warning}", err=True)
 
 
@@ -37,8 +42,8 @@ def _warn_of_constant_keys(model: Path, cache_type_k: str) -> None:
     show_default=True,
     help="Tokens to generate.",
 )
-@click.option("-ctk", "--cache-type-k", default="turbo4", show_default=True, help="Type of the key cache.")
-@click.option("-ctv", "--cache-type-v", default="turbo3", show_default=True, help="Type of the value cache.")
+@click.option("-ctk", "--cache-type-k", help="Type of K [default: what the model stores, else turbo4].")
+@click.option("-ctv", "--cache-type-v", help="Type of V [default: what the model stores, else turbo3].")
 @click.option(
     "-c", "--ctx", type=click.IntRange(min=1), default=4096, show_default=True, help="Tokens of context."
 )
@@ -56,8 +61,8 @@ def command(
     model: Path,
     prompt: str,
     n_predict: int,
-    cache_type_k: str,
-    cache_type_v: str,
+    cache_type_k: str | None,
+    cache_type_v: str | None,
     ctx: int,
     threads: int | None,
     seed: int,
@@ -71,20 +76,22 @@ def command(
 
     # all that can be refused is refused before a library is loaded
     for name in (cache_type_k, cache_type_v):
-        estimate.check_type(name)
+        if name is not None:
+            estimate.check_type(name)
     gguf_check(model)
     info = estimate.open_model(model)
-    estimate.check_pair(info, cache_type_k, cache_type_v)
+    types = estimate.choose(info, (cache_type_k, cache_type_v), (DEFAULT_K, DEFAULT_V))
+    estimate.check_pair(info, *types)
     estimate.check_ctx(info, estimate.Plan(ctx))
-    _warn_of_constant_keys(model, cache_type_k)
+    _warn_of_constant_keys(info, types)
 
     from pytq.llama import Llama
 
     n_threads = threads or cpus()
     llama = Llama(
         model,
-        cache_type_k=cache_type_k,
-        cache_type_v=cache_type_v,
+        cache_type_k=types[0],
+        cache_type_v=types[1],
         n_ctx=ctx,
         n_threads=n_threads,
         n_threads_batch=n_threads,
@@ -103,7 +110,7 @@ def command(
     click.echo()
     shown = " / ".join(",".join(report["effective"][side]) for side in "kv")
     click.echo(
-        f"\ncache K / V: {cache_type_k} / {cache_type_v} (effective {shown}), "
+        f"\ncache K / V: {' / '.join(estimate.stored_names(info, types))} (effective {shown}), "
         f"{report['bits_per_value']:.3f} bits per value with all scales, {report['cache_bytes'] / 2**20:.2f} MiB "
         f"for {llama.n_ctx()} tokens; {result['tokens_per_second']:.1f} tokens/s",
         err=True,

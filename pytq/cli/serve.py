@@ -56,7 +56,7 @@ def command(
     ready = serve.prepare(request, available)
     build = paths.find_build("patched", backend)
     line = serve.command_line(build.program("llama-server"), ready.arguments)
-    name = est.pair_name(*ready.types)
+    name = est.pair_name(*ready.names)
     click.echo(
         f"{model.name}: {name} cache, {ready.size.bits:.2f} bits per value, {est.human(ready.size.total)} for"
         f" {ready.plan.n_ctx} tokens; about {est.human(ready.needed)} in all",

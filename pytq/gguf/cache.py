@@ -1,7 +1,8 @@
 """Default cache types stored in a model file, honoured by the patched llama.cpp when no flag is given.
 
 Keys: ``pytq.cache.type_k`` and ``pytq.cache.type_v`` (strings), ``pytq.cache.layer_k`` and ``pytq.cache.layer_v``
-(one string per layer; an empty string means the default type).
+(one string per layer; an empty string means the default type, which is f16 where there is no default either).
+csrc/ggml/pytq-cache-keys.cpp reads the same; a flag for K sets aside both keys of K, and likewise for V.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from dataclasses import dataclass
 from gguf import GGUFValueType
 
 from pytq.errors import PytqError
-from pytq.estimate import check_type, head_bytes
+from pytq.estimate import CTX_PAD, STORED, ModelInfo, Plan, cache_size, check_pair, check_type, resolve_layers
+from pytq.gguf import profile
 from pytq.gguf.edit import Edit, encode_field
-from pytq.gguf.hparams import Hparams, read_hparams
+from pytq.gguf.hparams import read_hparams
 from pytq.gguf.layout import Layout
 
 TYPE_KEYS = ("pytq.cache.type_k", "pytq.cache.type_v")
@@ -52,32 +54,38 @@ def parse_override(text: str) -> Override:
 def edit_set(
     layout: Layout, type_k: str | None, type_v: str | None, overrides: Sequence[Override] = ()
 ) -> Edit:
-    """The edit that stores these defaults; PytqError when a type does not fit the model."""
+    """The edit that stores these defaults; PytqError when a type does not fit the model.
+
+    ``auto`` types need a profile beside or inside the model.
+    """
     if type_k is None and type_v is None and not overrides:
         raise PytqError("nothing to set: give --type-k, --type-v or --layer")
-    model = read_hparams(layout)
+    model = _info(layout)
+    n_layer = len(model.hparams.layers)
     edit = Edit()
+    defaults = []
     for key, name in zip(TYPE_KEYS, (type_k, type_v), strict=True):
         if name is not None:
             edit.put[key] = encode_field(key, GGUFValueType.STRING, check_type(name))
-    per_layer = {key: _layer_list(layout, key, len(model.layers)) for key in LAYER_KEYS}
+        defaults.append(name or str(layout.get(key) or "f16"))
+    per_layer = [_layer_list(layout, key, n_layer) for key in LAYER_KEYS]
     for rule in overrides:
-        if rule.last >= len(model.layers):
-            raise PytqError(
-                f"layer {rule.last} does not exist: this model has layers 0 to {len(model.layers) - 1}"
-            )
+        if rule.last >= n_layer:
+            raise PytqError(f"layer {rule.last} does not exist: this model has layers 0 to {n_layer - 1}")
         for il in range(rule.first, rule.last + 1):
-            if not model.layers[il].has_kv:
-                raise PytqError(f"layer {il} has no KV cache of its own ({model.layers[il].kind})")
-            for key, name in zip(LAYER_KEYS, (rule.type_k, rule.type_v), strict=True):
+            if not model.hparams.layers[il].has_kv:
+                raise PytqError(f"layer {il} has no KV cache of its own ({model.hparams.layers[il].kind})")
+            for names, name in zip(per_layer, (rule.type_k, rule.type_v), strict=True):
                 if name is not None:
-                    per_layer[key][il] = name
-    for key, names in per_layer.items():
+                    names[il] = name
+    for key, names in zip(LAYER_KEYS, per_layer, strict=True):
         if any(names):
             edit.put[key] = encode_field(key, GGUFValueType.ARRAY, names, GGUFValueType.STRING)
-    default_k = type_k or layout.get(TYPE_KEYS[0]) or "f16"
-    default_v = type_v or layout.get(TYPE_KEYS[1]) or "f16"
-    _check_fit(model, default_k, default_v, per_layer)
+    wanted = [
+        [check_type(name or default) for name in names]
+        for names, default in zip(per_layer, defaults, strict=True)
+    ]
+    cache_size(model.hparams, resolve_layers(model, *wanted), Plan(CTX_PAD))
     return edit
 
 
@@ -89,51 +97,67 @@ def edit_unset(layout: Layout) -> Edit:
     return Edit(remove=present)
 
 
+def stored_types(layout: Layout, side: str, n_layer: int) -> list[str]:
+    """The type of every layer for ``side`` ("k" or "v") as the file stores it; empty when it stores none.
+
+    PytqError, naming the key, for what the patched llama.cpp refuses too.
+    """
+    found = _wrong_kinds(layout, side)
+    if found:
+        raise PytqError(f"{layout.path}: {found[0]}")
+    one, many = TYPE_KEYS["kv".index(side)], LAYER_KEYS["kv".index(side)]
+    if one not in layout.fields and many not in layout.fields:
+        return []
+    names = [str(name) for name in layout.get(many, [])]
+    if names and len(names) != n_layer:
+        raise PytqError(f"{layout.path}: {many} has {len(names)} items for {n_layer} layers")
+    default = str(layout.get(one, "f16"))
+    try:
+        return [check_type(name or default) for name in names or [default] * n_layer]
+    except PytqError as error:
+        raise PytqError(
+            f"{layout.path}: the stored cache types cannot be used: {error} (`pytq gguf unset-cache` removes them)"
+        ) from error
+
+
+def has_stored(layout: Layout, side: str) -> bool:
+    """True when the file stores a type, or types per layer, for ``side``."""
+    return any(key.endswith(f"_{side}") and key in layout.fields for key in ALL_KEYS)
+
+
+def _info(layout: Layout) -> ModelInfo:
+    return ModelInfo(layout.path, layout, read_hparams(layout), 0, 0, profile.find(layout))
+
+
 def _layer_list(layout: Layout, key: str, n_layer: int) -> list[str]:
     names = [str(name) for name in layout.get(key, [])][:n_layer]
     return names + [""] * (n_layer - len(names))
 
 
-def _check_fit(model: Hparams, type_k: str, type_v: str, per_layer: dict[str, list[str]]) -> None:
-    for layer in model.kv_layers:
-        head_bytes(per_layer[LAYER_KEYS[0]][layer.index] or type_k, layer.head_dim_k)
-        if layer.head_dim_v:
-            head_bytes(per_layer[LAYER_KEYS[1]][layer.index] or type_v, layer.head_dim_v)
-
-
-def problems(layout: Layout) -> list[str]:
-    """What is wrong with the cache fields of a file; empty when they can be honoured."""
-    if not any(key in layout.fields for key in ALL_KEYS):
-        return []
+def _wrong_kinds(layout: Layout, side: str) -> list[str]:
     found = []
     for key in ALL_KEYS:
         field = layout.fields.get(key)
-        if field is None:
+        if field is None or not key.endswith(f"_{side}"):
             continue
-        strings = field.type == GGUFValueType.STRING and key in TYPE_KEYS
-        arrays = (
+        text = field.type == GGUFValueType.STRING and key in TYPE_KEYS
+        texts = (
             field.type == GGUFValueType.ARRAY
             and field.item_type == GGUFValueType.STRING
             and key in LAYER_KEYS
         )
-        if not strings and not arrays:
+        if not text and not texts:
             found.append(f"{key} at offset {field.start} has the wrong value type")
-    if found:
+    return found
+
+
+def problems(layout: Layout) -> list[str]:
+    """What is wrong with the cache fields of a file; empty when they can be honoured."""
+    found = [*_wrong_kinds(layout, "k"), *_wrong_kinds(layout, "v")]
+    if found or not any(key in layout.fields for key in ALL_KEYS):
         return found
     try:
-        model = read_hparams(layout)
-        lists = {}
-        for key in LAYER_KEYS:
-            names = layout.get(key, [])
-            if names and len(names) != len(model.layers):
-                found.append(f"{key} has {len(names)} items for {len(model.layers)} layers")
-            for name in names:
-                if name:
-                    check_type(name)
-            lists[key] = _layer_list(layout, key, len(model.layers))
-        for key in TYPE_KEYS:
-            check_type(layout.get(key, "f16"))
-        _check_fit(model, layout.get(TYPE_KEYS[0], "f16"), layout.get(TYPE_KEYS[1], "f16"), lists)
+        check_pair(_info(layout), STORED, STORED)
     except PytqError as error:
         found.append(str(error))
     return found
