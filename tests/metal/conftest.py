@@ -47,3 +47,11 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if shim.compiler() is None:
         pytest.skip("no clang++ or g++ (12 or newer) with _Float16")
     return tmp_path_factory.mktemp("metal")
+
+
+@pytest.fixture(scope="session")
+def harness(objects: Path, upstream: Path) -> Path:
+    """All kernels and the dispatching code, compiled with the shim."""
+    import device
+
+    return device.build(objects, upstream)

@@ -76,19 +76,23 @@ def compile_library(
         # Metal knows its scalar types before any include
         jobs.append((source, ["-std=gnu++14", "-include", str(shim / "metal_stdlib"), *flags]))
     for path, flags in files:
-        jobs.append((path, ["-std=c++17", *flags]))
+        language = ["-x", "c", "-std=gnu11"] if path.suffix == ".c" else ["-std=c++17"]
+        jobs.append((path, [*language, *flags]))
     jobs += [(shim / "executor.cpp", ["-std=c++17"]), (shim / "capi.cpp", ["-std=c++17"])]
     headers = b"".join(p.read_bytes() for p in sorted(shim.iterdir()) if p.is_file())
+    ccache = ["ccache"] if shutil.which("ccache") else []
     objects = []
     for source, flags in jobs:
         digest = hashlib.sha256(headers + source.read_bytes() + repr(flags).encode()).hexdigest()[:16]
         target = directory / f"{source.stem}-{digest}.o"
         objects.append(target)
         if not target.exists():
-            command = [program, *common, *flags, "-c", str(source), "-o", str(target)]
-            done = subprocess.run(command, capture_output=True, text=True)
+            # relative names, so that ccache knows a source again in another session's directory
+            name = source.name if source.parent == directory else str(source)
+            command = [*ccache, program, *common, *flags, "-c", name, "-o", target.name]
+            done = subprocess.run(command, capture_output=True, text=True, cwd=directory)
             assert done.returncode == 0, done.stderr[:6000]
-            assert "warning" not in done.stderr or source not in [j[0] for j in jobs[:1]], done.stderr[:6000]
+            assert "warning" not in done.stderr, done.stderr[:6000]
     digest = hashlib.sha256("".join(o.name for o in objects).encode()).hexdigest()[:16]
     library = directory / f"libshim-{digest}.so"
     if not library.exists():
