@@ -19,9 +19,11 @@ from pytq import estimate as est
 from pytq.bench.shapes import SHAPES, Shape, write_model
 from pytq.cli import main
 from pytq.errors import PytqError
+from pytq.gguf import cache, edit
 from pytq.gguf.hparams import is_swa, read_hparams
 from pytq.gguf.layout import read_layout
 from pytq.paths import BuildDir
+from pytq.profile import LayerProfile, Profile, default_path, fingerprint, write_profile
 
 TEST_SHAPES = {
     "llama-64": Shape(3, 128, 2, 2, 64, 128, 8192),
@@ -63,7 +65,9 @@ def allocated(request: pytest.FixtureRequest) -> Callable[..., tuple[float, floa
             "-lv",
             "4",
         ]
-        command += ["-ctk", pair[0], "-ctv", pair[1], "-npp", "4", "-ntg", "1", "-t", "1", *slots]
+        for flag, name in zip(("-ctk", "-ctv"), pair, strict=True):
+            command += [flag, name] if name != est.STORED else []
+        command += ["-npp", "4", "-ntg", "1", "-t", "1", *slots]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=120)
         assert done.returncode == 0, done.stderr[-2000:]
         return est.logged_bytes(done.stderr + done.stdout)
@@ -217,14 +221,71 @@ def test_agrees_with_patched_allocation(allocated, models: dict[str, Path], name
     ("kind", "pair"), [("stock", "q8_0/q4_0"), ("patched", "kv4/kv3"), ("patched", "turbo3")]
 )
 def test_agrees_on_real_models(allocated, model: Path, kind: str, pair: str) -> None:
-    """The default model, and further files that the tester names in PYTQ_TEST_MODELS."""
-    named = [Path(p) for p in os.environ.get("PYTQ_TEST_MODELS", "").split(os.pathsep) if p]
-    for path in [model, *named]:
+    for path in real_models(model):
         info = est.open_model(path)
         types = est.parse_pair(pair)
         plan = est.Plan(min(8192, info.hparams.n_ctx_train))
         kv, _ = allocated(kind, path, plan, types)
         assert kv == pytest.approx(est.cache_size(info.hparams, types, plan).kv, rel=0.01)
+
+
+def with_profile(source: Path, target: Path) -> Path:
+    """A link to a model and a profile beside it: the identity in all layers but the last, and types for ``auto``."""
+    target.symlink_to(source)
+    layout = read_layout(target)
+    layers = read_hparams(layout).layers
+    kv = [layer for layer in layers if layer.has_kv]
+    out = Profile(
+        fingerprint(layout), "m", str(layout.get("general.architecture")), len(layers), 1, "", "0", ""
+    )
+    for layer in kv[:-1]:
+        n, d = layer.n_head_kv, layer.head_dim_k
+        eye = np.tile(np.eye(d, dtype=np.float32), (n, 1, 1))
+        one, v = np.ones((n, d), np.float32), np.ones((n, layer.head_dim_v), np.float32)
+        out.layers[layer.index] = LayerProfile(eye, eye, 0 * one, one, one, v)
+    steps = ("kv4", "kv3", "kv2", "kv5")
+    names = [steps[layer.index % 4] if layer.has_kv else "" for layer in layers]
+    out.types, out.bits = {"auto": (names, names[::-1] if len(kv) == len(layers) else names)}, {"auto": 3.5}
+    write_profile(default_path(target), out)
+    return target
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["llama-64", "llama-96", "llama-128", "llama-256", "windows", "hybrid", "real"]
+)
+def test_agrees_with_profiles_and_stored_types(
+    allocated, models: dict[str, Path], name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    sources = [models[name]] if name != "real" else real_models(request.getfixturevalue("model"))
+    for number, source in enumerate(sources):
+        model = with_profile(source, tmp_path / f"{number}.gguf")
+        for pair in (("kv3", "kv3"), ("kv4", "turbo3"), ("auto", "auto")):
+            same(allocated, model, pair)
+        layout = read_layout(model)
+        kv = [layer.index for layer in est.open_model(model).hparams.kv_layers]
+        rules = [f"{kv[0]}=f16/q8_0", f"{kv[-1]}=auto", f"{kv[1]}=kv5/kv2"]
+        if TEST_SHAPES.get(name, SHAPES["llama-8b"]).head_dim % 32:
+            rules[0] = f"{kv[0]}=f16/bf16"
+        stored = tmp_path / f"stored{number}.gguf"
+        change = cache.edit_set(layout, "kv3", "kv4", [cache.parse_override(rule) for rule in rules])
+        edit.write(edit.plan(layout, change), stored)
+        default_path(model).rename(default_path(stored))  # the fingerprint does not see the cache fields
+        same(allocated, stored, (est.STORED, est.STORED))
+        same(allocated, stored, ("kv2", est.STORED))
+
+
+def same(allocated: Callable[..., tuple[float, float]], model: Path, pair: tuple[str, str]) -> None:
+    info = est.open_model(model)
+    plan = est.Plan(min(4096, info.hparams.n_ctx_train))
+    kv, _ = allocated("patched", model, plan, pair)
+    size = est.cache_size(info.hparams, est.resolve(info, pair), plan)
+    assert kv == pytest.approx(size.kv, rel=0.01, abs=2 * ROUNDING), pair
+
+
+def real_models(model: Path) -> list[Path]:
+    """The default model, and further files that the tester names in PYTQ_TEST_MODELS."""
+    return [model, *(Path(p) for p in os.environ.get("PYTQ_TEST_MODELS", "").split(os.pathsep) if p)]
 
 
 def test_profile_beside_the_model_counts(models: dict[str, Path], tmp_path: Path) -> None:
@@ -294,6 +355,19 @@ def test_command(models: dict[str, Path]) -> None:
     assert kv["max_ctx"] >= f16["max_ctx"] > 0
     code, out, _ = cli("estimate", models["llama-128"], "--types", "kv3")
     assert code == 0 and "-ctk kv3 -ctv kv3 -c 8192" in out
+
+
+def test_stored_types_are_the_first_row(models: dict[str, Path], tmp_path: Path) -> None:
+    stored, layout = tmp_path / "stored.gguf", read_layout(models["llama-128"])
+    edit.write(
+        edit.plan(layout, cache.edit_set(layout, "kv4", None, [cache.parse_override("0=/kv2")])), stored
+    )
+    rows = json.loads(cli("estimate", stored, "-c", 1024, "--json")[1])["types"]
+    assert (rows[0]["type_k"], rows[0]["flags"], rows[1]["type_k"]) == ("stored", "-fa on -c 1024", "f16")
+    assert rows[0]["k_bytes"] == 5 * 1024 * 2 * est.head_bytes("kv4", 128)
+    assert rows[0]["v_bytes"] == 1024 * 2 * (4 * 256 + est.head_bytes("kv2", 128))
+    code, _, err = cli("estimate", models["llama-128"], "--types", "stored/kv3")
+    assert code == 2 and "unknown cache type 'stored'" in err
 
 
 def test_type_that_does_not_fit_is_a_row(models: dict[str, Path]) -> None:
