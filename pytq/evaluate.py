@@ -115,7 +115,8 @@ def parse_statistics(output: str) -> dict[str, float]:
     return out
 
 
-def _sha256(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
     h = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 22):
@@ -128,11 +129,11 @@ def content_key(setup: Setup, build: BuildDir) -> str:
     library = sorted(build.lib.glob("libllama.*"))[0].resolve()
     facts = [
         METRIC_VERSION,
-        _sha256(setup.model),
-        _sha256(setup.text),
+        file_hash(setup.model),
+        file_hash(setup.text),
         setup.ctx,
         setup.chunks,
-        _sha256(library),
+        file_hash(library),
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
 

@@ -1,4 +1,4 @@
-"""``pytq demo``: from nothing to a table of speeds."""
+"""``pytq demo``: from nothing to a table of speed and quality."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import click
 @click.command()
 @click.option("--again", is_flag=True, help="Measure the table anew instead of showing the kept one.")
 def command(again: bool) -> None:
-    """Build both llama.cpp, fetch a small model, generate with turbo4/turbo3, print a table."""
+    """Build both llama.cpp, fetch a small model, calibrate it, generate with kv4/kv3, print a table of speed and quality."""
     from pytq.demo import run
 
     run(again)
