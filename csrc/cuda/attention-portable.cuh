@@ -30,12 +30,33 @@ namespace pytq {
 
 enum : int { OPERAND_BLOCKS = 0, OPERAND_F16 = 1, OPERAND_Q8_0 = 2 };
 
+// A layout in few words, because scalar registers are few, too: bytes hold the numbers of a group or plane.
+struct portable_layout {
+    int code, scale_bytes, n_groups, block_bytes;
+    uint32_t ends, bits, offs, last_off; // ends in units of 8 coordinates
+    PYTQ_HD int group_end(int g) const { return (int) (ends >> (8 * g) & 255u) * 8; }
+    PYTQ_HD int group_bits(int g) const { return (int) (bits >> (8 * g) & 255u); }
+    PYTQ_HD int plane_off(int p) const { return (int) (p < 4 ? offs >> (8 * p) & 255u : last_off); }
+};
+
+inline portable_layout portable_layout_of(const layout & l) {
+    portable_layout out = {l.code, l.scale_bytes, l.n_groups, l.block_bytes, 0, 0, 0, (uint32_t) l.plane_off[4]};
+    for (int g = 0; g < PYTQ_MAX_GROUPS; g++) {
+        out.ends |= (uint32_t) (l.group_end[g] / 8) << (8 * g);
+        out.bits |= (uint32_t) l.group_bits[g] << (8 * g);
+    }
+    for (int p = 0; p < 4; p++) {
+        out.offs |= (uint32_t) l.plane_off[p] << (8 * p);
+    }
+    return out;
+}
+
 struct portable_operand {
     const char * data; // [n_kv, n_head_kv, n_seq]
     long long nb1, nb2, nb3;
     int kind;
     int slot; // words between tokens in shared memory (OPERAND_BLOCKS)
-    layout l;
+    portable_layout l;
 };
 
 struct portable_params {
@@ -182,13 +203,13 @@ PYTQ_DEV void portable_load(int to, const char * first, const portable_operand &
     }
 }
 
-PYTQ_DEV float portable_scale(const layout & l, int block, int group) {
+PYTQ_DEV float portable_scale(const portable_layout & l, int block, int group) {
     return l.scale_bytes == 1 ? log8_scale(portable_byte(block + group))
                               : half_bits(portable_byte(block) | portable_byte(block + 1) << 8);
 }
 
 // log2 of a scale, at least -40: a zero scale then adds 2^-40 of a level, far below every rounding.
-PYTQ_DEV float portable_log2_scale(const layout & l, int block, int group) {
+PYTQ_DEV float portable_log2_scale(const portable_layout & l, int block, int group) {
     if (l.scale_bytes == 1) {
         const int e = (int) portable_byte(block + group);
         return e == 0 ? -40.0f : (float) (e - PYTQ_LOG8_BIAS) * 0.125f;
@@ -257,40 +278,40 @@ template <int D, int R>
 PYTQ_DEV void portable_logits(const portable_params & p, int block, const uint32_t * words, const int row_at[R],
                               float s[R]) {
     constexpr int C = portable_chunks(D);
-    const layout & l = p.k.l;
+    const portable_layout & l = p.k.l;
     uint32_t before = 0;
 #pragma unroll 1
     for (int chunk = 0, g0 = 0; chunk < C; chunk++) {
-        while (l.group_end[g0] <= 32 * chunk) {
+        while (l.group_end(g0) <= 32 * chunk) {
             g0++;
         }
         uint32_t index[6];
-        const uint32_t u = portable_window(block + l.plane_off[0] + 4 * chunk);
-        const int top_bits = l.group_bits[g0];
+        const uint32_t u = portable_window(block + l.plane_off(0) + 4 * chunk);
+        const int top_bits = l.group_bits(g0);
         if (l.code == PYTQ_CODE_TRELLIS) {
             index_planes<PYTQ_CODE_TRELLIS, 1, true>(&u, before, index);
             before = u;
 #pragma unroll
             for (int b = 1; b < 5; b++) {
-                index[b + 1] = b < top_bits ? portable_window(block + l.plane_off[b] + 4 * chunk) : 0u;
+                index[b + 1] = b < top_bits ? portable_window(block + l.plane_off(b) + 4 * chunk) : 0u;
             }
         } else {
             index[0] = u;
 #pragma unroll
             for (int b = 1; b < 5; b++) {
-                index[b] = b < top_bits ? portable_window(block + l.plane_off[b] + 4 * chunk) : 0u;
+                index[b] = b < top_bits ? portable_window(block + l.plane_off(b) + 4 * chunk) : 0u;
             }
             index[5] = 0;
         }
 #pragma unroll 1
         for (int g = g0, begin = 32 * chunk; begin < 32 * chunk + 32 && begin < D; g++) {
-            const int end = l.group_end[g] < 32 * chunk + 32 ? l.group_end[g] : 32 * chunk + 32;
+            const int end = l.group_end(g) < 32 * chunk + 32 ? l.group_end(g) : 32 * chunk + 32;
             uint32_t lev[8], planes[6];
 #pragma unroll
             for (int b = 0; b < 6; b++) {
                 planes[b] = opaque(index[b]); // or the selectors of all types would be hoisted out of this loop
             }
-            const float step = levels_of(l.code, l.group_bits[g], planes, lev);
+            const float step = levels_of(l.code, l.group_bits(g), planes, lev);
             if (end - begin < 32 && l.n_groups > 1) {
                 uint32_t part = end - 32 * chunk == 32 ? ~0u : (1u << (end - 32 * chunk)) - 1u;
                 part &= ~0u << (begin - 32 * chunk);
@@ -316,8 +337,10 @@ PYTQ_DEV void portable_logits(const portable_params & p, int block, const uint32
     }
 }
 
-// D: head size, R: query rows of a block (1, 4 or 8).
-template <int D, int R> __global__ void __launch_bounds__(portable_tile) portable_attention(const portable_params p) {
+// D: head size; R: query rows of a block; PLAIN: K or V may be f16 or q8_0 (in the same kernel they would cost the
+// others 50 registers).
+template <int D, int R, bool PLAIN>
+__global__ void __launch_bounds__(portable_tile) portable_attention(const portable_params p) {
     constexpr int C = portable_chunks(D), BYTES = D / 8, SUBS = portable_tile / BYTES, NR = (R + 3) / 4;
     constexpr float LOG2E = 1.44269504f, HEADROOM = 14.0f; // weights reach 2^14, far from the halves' limits
     __shared__ int live[3];
@@ -328,7 +351,7 @@ template <int D, int R> __global__ void __launch_bounds__(portable_tile) portabl
     const int head_kv = blockIdx.y / p.row_tiles, row0 = (blockIdx.y - head_kv * p.row_tiles) * R, seq = blockIdx.z;
     const long long row_base = ((long long) seq * p.n_head_kv + head_kv) * p.n_rows;
 
-    const bool k_blocks = p.k.kind == OPERAND_BLOCKS, v_blocks = p.v.kind == OPERAND_BLOCKS;
+    const bool k_blocks = !PLAIN || p.k.kind == OPERAND_BLOCKS, v_blocks = !PLAIN || p.v.kind == OPERAND_BLOCKS;
     const int v_at = k_blocks ? 4 * portable_tile * p.k.slot : 0;
     int tiles_bytes = v_at + (v_blocks ? 4 * portable_tile * p.v.slot : 0);
     tiles_bytes = tiles_bytes > 4096 ? tiles_bytes : 4096;
@@ -372,7 +395,7 @@ template <int D, int R> __global__ void __launch_bounds__(portable_tile) portabl
     // output: coordinates 8 byte .. 8 byte + 7, quads sub, sub + SUBS, ...
     const int v_byte = thread % BYTES;
     const int v_group =
-        v_blocks ? (8 * v_byte >= p.v.l.group_end[0]) + (p.v.l.n_groups > 1 && 8 * v_byte >= p.v.l.group_end[1]) : 0;
+        v_blocks ? (8 * v_byte >= p.v.l.group_end(0)) + (p.v.l.n_groups > 1 && 8 * v_byte >= p.v.l.group_end(1)) : 0;
     float step = 1.0f;
     float o[R][8];
 #pragma unroll
@@ -534,7 +557,7 @@ template <int D, int R> __global__ void __launch_bounds__(portable_tile) portabl
                     o[r][m] *= f;
                 }
             }
-            const int bits = p.v.l.group_bits[v_group];
+            const int bits = p.v.l.group_bits(v_group);
 #pragma unroll 1
             for (int quad = sub; 4 * quad < n_tok; quad += SUBS) {
                 uint32_t lo[8], hi[8]; // coordinate m of tokens 0, 1 and 2, 3
@@ -550,18 +573,18 @@ template <int D, int R> __global__ void __launch_bounds__(portable_tile) portabl
                                portable_byte(at[2] + off) << 16 | portable_byte(at[3] + off) << 24;
                     };
                     uint32_t index[6], lev[8];
-                    const uint32_t u = gather(p.v.l.plane_off[0] + byte);
+                    const uint32_t u = gather(p.v.l.plane_off(0) + byte);
                     if (p.v.l.code == PYTQ_CODE_TRELLIS) {
-                        trellis_bytes(u, byte > 0 ? gather(p.v.l.plane_off[0] + byte - 1) : 0u, index);
+                        trellis_bytes(u, byte > 0 ? gather(p.v.l.plane_off(0) + byte - 1) : 0u, index);
 #pragma unroll
                         for (int b = 1; b < 5; b++) {
-                            index[b + 1] = b < bits ? gather(p.v.l.plane_off[b] + byte) : 0u;
+                            index[b + 1] = b < bits ? gather(p.v.l.plane_off(b) + byte) : 0u;
                         }
                     } else {
                         index[0] = u;
 #pragma unroll
                         for (int b = 1; b < 5; b++) {
-                            index[b] = b < bits ? gather(p.v.l.plane_off[b] + byte) : 0u;
+                            index[b] = b < bits ? gather(p.v.l.plane_off(b) + byte) : 0u;
                         }
                         index[5] = 0;
                     }

@@ -9,7 +9,7 @@
 
 namespace {
 
-template <int R>
+template <int R, bool PLAIN>
 void launch(ggml_backend_cuda_context & ctx, pytq::portable_params & p, int n_seq, ggml_cuda_pool_alloc<float> & part,
             ggml_cuda_pool_alloc<float2> & meta) {
     const int n_sm = ggml_cuda_info().devices[ggml_cuda_get_device()].nsm;
@@ -27,12 +27,12 @@ void launch(ggml_backend_cuda_context & ctx, pytq::portable_params & p, int n_se
     static int raised[GGML_CUDA_MAX_DEVICES] = {0};
     const int device = ggml_cuda_get_device();
     if (raised[device] < smem) {
-        CUDA_CHECK(cudaFuncSetAttribute(pytq::portable_attention<PYTQ_D, R>,
+        CUDA_CHECK(cudaFuncSetAttribute(pytq::portable_attention<PYTQ_D, R, PLAIN>,
                                         cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
         raised[device] = smem;
     }
 #endif
-    pytq::portable_attention<PYTQ_D, R>
+    pytq::portable_attention<PYTQ_D, R, PLAIN>
         <<<dim3(p.n_splits, p.n_head_kv * p.row_tiles, n_seq), pytq::portable_tile, smem, ctx.stream()>>>(p);
     CUDA_CHECK(cudaGetLastError());
 }
@@ -44,7 +44,7 @@ pytq::portable_operand operand_of(const ggml_tensor * t) {
     const pytq_type_info * info = pytq_type_get(t->type);
     o.kind = info ? pytq::OPERAND_BLOCKS : t->type == GGML_TYPE_F16 ? pytq::OPERAND_F16 : pytq::OPERAND_Q8_0;
     if (info) {
-        o.l = pytq::layout_of(info);
+        o.l = pytq::portable_layout_of(pytq::layout_of(info));
         o.slot = pytq::portable_slot(info->block_bytes);
     }
     return o;
@@ -87,12 +87,14 @@ template <> void pytq_portable_launch<PYTQ_D>(ggml_backend_cuda_context & ctx, g
     p.words = words.get(), p.factors = factors.get();
     pytq::portable_query<PYTQ_D><<<(unsigned) ((rows + 3) / 4), 128, 0, ctx.stream()>>>(p, n_seq);
     CUDA_CHECK(cudaGetLastError());
-    if (p.n_rows == 1) {
-        launch<1>(ctx, p, n_seq, part, meta);
+    if (p.k.kind != pytq::OPERAND_BLOCKS || p.v.kind != pytq::OPERAND_BLOCKS) {
+        launch<4, true>(ctx, p, n_seq, part, meta);
+    } else if (p.n_rows == 1) {
+        launch<1, false>(ctx, p, n_seq, part, meta);
     } else if (p.n_rows <= 4) {
-        launch<4>(ctx, p, n_seq, part, meta);
+        launch<4, false>(ctx, p, n_seq, part, meta);
     } else {
-        launch<8>(ctx, p, n_seq, part, meta);
+        launch<8, false>(ctx, p, n_seq, part, meta);
     }
     if (p.n_splits > 1) {
         pytq::portable_combine<PYTQ_D><<<dim3(p.n_rows, p.n_head_kv, n_seq), 64, 0, ctx.stream()>>>(p);

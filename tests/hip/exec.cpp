@@ -1,14 +1,15 @@
 // Executes the device code that HIP builds on the CPU (shim.h) and compares it with the C reference.
 //
-// usage: exec encode|values|attention [TYPE_K TYPE_V n_kv gqa n_q mask sinks bias softcap splits]...
-// Prints one line per case: what, the largest error (encode: wrong bytes), and for attention the scratch-free check words.
+// usage: exec encode|values|attention < CASES
+// Prints one line per case: what, the number of wrong bytes or vectors, for attention the
+// normalised mean square error and the largest relative error of an output vector.
 // The tolerances are in test_exec.py.
+#include <random> // the shim's macros are not for the library's headers
+#include <string>
+
 #include "cuda/attention-portable.cuh"
 #include "cuda/decode-values.cuh"
 #include "cuda/encode.cuh"
-
-#include <random>
-#include <string>
 
 namespace pytq {
 alignas(16) thread_local char encode_smem[65536];
@@ -110,19 +111,6 @@ void run_encode() {
     }
 }
 
-template <int ID> bool slice(const pytq_type_info * t, const uint8_t * blocks, int n_tok, int n_head, __half * out) {
-    using T = pytq::type<ID>;
-    if constexpr (T::n_groups == 1 && T::d % 32 == 0) {
-        const pytq::slice_params s = {(const char *) blocks, out, (long long) t->block_bytes * n_head,
-                                      t->block_bytes,        n_tok, n_head};
-        const int items = n_tok * n_head * (T::d / 32);
-        static thread_local char none[16];
-        shim::launch(pytq::decode_slice<ID>, dim3((items + 255) / 256), dim3(256), none, sizeof none, 0, s);
-        return true;
-    }
-    return false;
-}
-
 void run_values() {
     static thread_local char none[16];
     for (int n_type = 0; const pytq_type_info * t = pytq_type_at(n_type); n_type++) {
@@ -161,33 +149,6 @@ void run_values() {
             wrong += half[i] != shim_float_to_half(want[i]);
         }
         printf("values16 %s %ld\n", t->name, wrong);
-
-        // f16 slices: 3 tokens of 2 heads of ordinary vectors; error relative to the largest value of a vector
-        const std::vector<float> y = gaussian((size_t) 6 * d);
-        pytq_quantize_ref(t, y.data(), blocks.data(), 6 * d);
-        pytq_dequantize_ref(t, blocks.data(), want.data(), 6 * d);
-        bool done = false;
-        switch (t->id) {
-#define PYTQ_TYPE(name, slot, hd, ...)                                                                                 \
-    case PYTQ_TYPE_BASE + PYTQ_FAMILY_STRIDE * PYTQ_FAMILY_INDEX_##name + (slot):                                      \
-        done = slice<PYTQ_TYPE_BASE + PYTQ_FAMILY_STRIDE * PYTQ_FAMILY_INDEX_##name + (slot)>(                         \
-            t, blocks.data(), 3, 2, (__half *) half.data());                                                           \
-        break;
-#include "types.def"
-        }
-        if (done) {
-            double worst = 0.0;
-            for (int h = 0; h < 2; h++) {
-                for (int tok = 0; tok < 3; tok++) {
-                    for (int i = 0; i < d; i++) {
-                        const double a = shim_half_to_float(half[((size_t) h * 3 + tok) * d + i]);
-                        const double b = want[((size_t) tok * 2 + h) * d + i];
-                        worst = std::max(worst, fabs(a - b) / (fabs(b) + 1e-6));
-                    }
-                }
-            }
-            printf("slice %s %.3g\n", t->name, worst);
-        }
     }
 }
 
@@ -214,7 +175,7 @@ struct cache {
                 exit(2);
             }
             block = t->block_bytes;
-            operand.kind = pytq::OPERAND_BLOCKS, operand.l = layout_of(t);
+            operand.kind = pytq::OPERAND_BLOCKS, operand.l = pytq::portable_layout_of(layout_of(t));
             operand.slot = pytq::portable_slot(t->block_bytes);
         }
         const size_t row = block * heads + odd_bytes;
@@ -260,12 +221,12 @@ struct attention_case {
     float bias, softcap;
 };
 
-template <int D, int R> void launch_attention(pytq::portable_params & p, int n_seq) {
+template <int D, int R, bool PLAIN> void launch_attention(pytq::portable_params & p, int n_seq) {
     static thread_local char none[16];
     const int total = n_seq * p.n_head_kv * p.n_rows;
     shim::launch(pytq::portable_query<D>, dim3((total + 3) / 4), dim3(128), none, sizeof none, 0, p, n_seq);
     p.row_tiles = (p.n_rows + R - 1) / R;
-    shim::launch(pytq::portable_attention<D, R>, dim3(p.n_splits, p.n_head_kv * p.row_tiles, n_seq), dim3(128),
+    shim::launch(pytq::portable_attention<D, R, PLAIN>, dim3(p.n_splits, p.n_head_kv * p.row_tiles, n_seq), dim3(128),
                  pytq::portable_smem, sizeof pytq::portable_smem, pytq::portable_shared_bytes(p, R), p);
     if (p.n_splits > 1) {
         shim::launch(pytq::portable_combine<D>, dim3(p.n_rows, p.n_head_kv, n_seq), dim3(64), none, sizeof none, 0, p);
@@ -273,15 +234,19 @@ template <int D, int R> void launch_attention(pytq::portable_params & p, int n_s
 }
 
 template <int D> void launch_rows(pytq::portable_params & p, int n_seq, int rows) {
+    if (p.k.kind != pytq::OPERAND_BLOCKS || p.v.kind != pytq::OPERAND_BLOCKS) {
+        launch_attention<D, 4, true>(p, n_seq);
+        return;
+    }
     switch (rows) {
         case 1:
-            launch_attention<D, 1>(p, n_seq);
+            launch_attention<D, 1, false>(p, n_seq);
             break;
         case 4:
-            launch_attention<D, 4>(p, n_seq);
+            launch_attention<D, 4, false>(p, n_seq);
             break;
         default:
-            launch_attention<D, 8>(p, n_seq);
+            launch_attention<D, 8, false>(p, n_seq);
             break;
     }
 }
@@ -289,7 +254,8 @@ template <int D> void launch_rows(pytq::portable_params & p, int n_seq, int rows
 // Normalised mean square error against float64 over the decoded values, and the largest relative error of a row.
 void run_attention(const attention_case & c) {
     const int d = c.d, heads = c.heads_kv * c.gqa;
-    cache k(c.k, d, c.n_kv, c.heads_kv, c.n_seq, 1.0f, c.odd_bytes), v(c.v, d, c.n_kv, c.heads_kv, c.n_seq, 0.7f, c.odd_bytes);
+    cache k(c.k, d, c.n_kv, c.heads_kv, c.n_seq, 1.0f, c.odd_bytes),
+        v(c.v, d, c.n_kv, c.heads_kv, c.n_seq, 0.7f, c.odd_bytes);
     const std::vector<float> q = gaussian((size_t) c.n_seq * heads * c.n_q * d);
     const std::vector<float> sinks = gaussian(heads);
     // mask: 1 causal with holes, 2 additionally hides whole tiles and, from one query, everything
@@ -297,8 +263,8 @@ void run_attention(const attention_case & c) {
     std::vector<float> maskf(mask.size());
     for (size_t i = 0; i < mask.size(); i++) {
         const int t = (int) (i % c.n_kv), iq = (int) (i / c.n_kv % c.n_q);
-        const bool hidden = (t > c.n_kv - c.n_q + iq) || t % 11 == 3 ||
-                            (c.mask == 2 && (t / 128 == 1 || (c.n_q > 1 && iq == 1)));
+        const bool hidden =
+            (t > c.n_kv - c.n_q + iq) || t % 11 == 3 || (c.mask == 2 && (t / 128 == 1 || (c.n_q > 1 && iq == 1)));
         maskf[i] = hidden ? -INFINITY : c.bias > 0.0f ? -(float) (c.n_kv - t) / 64.0f : 0.0f;
         mask[i] = hidden ? 0xfc00u : shim_float_to_half(maskf[i]);
         maskf[i] = hidden ? -INFINITY : shim_half_to_float(mask[i]);
@@ -357,7 +323,8 @@ void run_attention(const attention_case & c) {
                     c.bias > 0.0f ? h < p.n_head_log2 ? pow(p.m0, h + 1) : pow(p.m1, 2 * (h - p.n_head_log2) + 1) : 1.0;
                 double top = c.sinks ? sinks[h] : -INFINITY;
                 for (int t = 0; t < c.n_kv; t++) {
-                    const float * const kr = k.values.data() + (((size_t) seq * c.n_kv + t) * c.heads_kv + h / c.gqa) * d;
+                    const float * const kr =
+                        k.values.data() + (((size_t) seq * c.n_kv + t) * c.heads_kv + h / c.gqa) * d;
                     double s = 0.0;
                     for (int i = 0; i < d; i++) {
                         s += (double) qr[i] * kr[i];
@@ -376,7 +343,8 @@ void run_attention(const attention_case & c) {
                 std::fill(want.begin(), want.end(), 0.0);
                 for (int t = 0; t < c.n_kv && top > -INFINITY; t++) {
                     const double w = exp(logit[t] - top);
-                    const float * const vr = v.values.data() + (((size_t) seq * c.n_kv + t) * c.heads_kv + h / c.gqa) * d;
+                    const float * const vr =
+                        v.values.data() + (((size_t) seq * c.n_kv + t) * c.heads_kv + h / c.gqa) * d;
                     sum += w;
                     for (int i = 0; i < d; i++) {
                         want[i] += w * vr[i];
@@ -413,8 +381,9 @@ int main(int argc, char ** argv) {
     } else if (what == "attention") {
         char k[32], v[32];
         attention_case c;
-        while (scanf("%31s %31s %d %d %d %d %d %d %d %d %f %f %d %d %d", k, v, &c.d, &c.n_kv, &c.heads_kv, &c.gqa, &c.n_q,
-                     &c.n_seq, &c.mask, &c.sinks, &c.bias, &c.softcap, &c.splits, &c.rows, &c.odd_bytes) == 15) {
+        while (scanf("%31s %31s %d %d %d %d %d %d %d %d %f %f %d %d %d", k, v, &c.d, &c.n_kv, &c.heads_kv, &c.gqa,
+                     &c.n_q, &c.n_seq, &c.mask, &c.sinks, &c.bias, &c.softcap, &c.splits, &c.rows,
+                     &c.odd_bytes) == 15) {
             c.k = k, c.v = v;
             run_attention(c);
         }

@@ -1,14 +1,15 @@
 // Runs HIP device code on the CPU: every thread of a block is a fibre, waves have SHIM_WAVE (32 or 64) lanes.
 //
-// A fibre runs until it meets a barrier or an exchange between lanes. When all fibres of a block wait, each wave carries out
-// the exchange of those of its waiting lanes that have met the fewest so far, as an execution mask would; lanes that took
-// another branch or have returned are not among them. Reading from such a lane ends the program: on a GPU the value would be
-// undefined. When only barriers are left, all threads go on; threads that wait at different ones end the program.
+// A fibre runs until it meets a barrier or an exchange between lanes. When all fibres of a block wait, each wave
+// carries out the exchange of those of its waiting lanes that have met the fewest so far, as an execution mask would;
+// lanes that took another branch or have returned are not among them. Reading from such a lane ends the program: on a
+// GPU the value would be undefined. When only barriers are left, all threads go on; threads that wait at different ones
+// end the program.
 //
-// Shared memory is thread_local memory of the one operating-system thread; its dynamic part is filled with noise before every
-// block and must be intact behind its declared size afterwards. The instructions of AMD GPUs are modelled by their ISA
-// descriptions, so the AMD branches of csrc/cuda/device.cuh are what runs. Not seen here: races between waves that a particular
-// order hides, register pressure, compiler bugs, real arithmetic of exp2 and tanh.
+// Shared memory is thread_local memory of the one operating-system thread; its dynamic part is filled with noise before
+// every block and must be intact behind its declared size afterwards. The instructions of AMD GPUs are modelled by
+// their ISA descriptions, so the AMD branches of csrc/cuda/device.cuh are what runs. Not seen here: races between waves
+// that a particular order hides, register pressure, compiler bugs, real arithmetic of exp2 and tanh.
 #pragma once
 
 #include <algorithm>
@@ -29,6 +30,7 @@ using std::min;
 #define __host__
 #define __global__
 #define __forceinline__ inline
+#define __noinline__    __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 #define __shared__   thread_local
@@ -228,7 +230,8 @@ inline void barrier(int line) {
     gpu().pause(wait::barrier);
 }
 
-// Runs kernel(args...) on every block of the grid. dynamic: the kernel's dynamic shared memory, of which it may use bytes.
+// Runs kernel(args...) on every block of the grid. dynamic: the kernel's dynamic shared memory, of which it may use
+// bytes.
 template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, char * dynamic, size_t capacity, size_t bytes, A... args) {
     machine & m = gpu();
