@@ -63,13 +63,14 @@ OPTIONS = (
     "CMAKE_BUILD_WITH_INSTALL_RPATH=ON",
 )
 BACKEND_OPTIONS = {
-    "cpu": (),
+    # llama.cpp turns Metal on by itself on macOS
+    "cpu": ("GGML_METAL=OFF",) if sys.platform == "darwin" else (),
     "cuda": ("GGML_CUDA=ON", "PYTQ_CUDA=ON"),
     "hip": ("GGML_HIP=ON", "PYTQ_HIP=ON"),
-    "metal": ("GGML_METAL=ON", "PYTQ_METAL=ON"),
+    "metal": ("GGML_METAL=ON", "GGML_METAL_EMBED_LIBRARY=ON", "PYTQ_METAL=ON"),
 }
 # planned backends: stock llama.cpp builds for them, the patched one is refused
-WITHOUT_KERNELS = ("hip", "metal")
+WITHOUT_KERNELS = ("hip",)
 # never compiled here, so not unpacked: vocabularies for upstream's own tests (76 MB)
 SKIPPED = ("models/",)
 # directories of csrc/ that a backend does not compile
@@ -192,8 +193,13 @@ def find_tools(backend: str = "cpu") -> Tools:
         need(["nvcc"], "install the CUDA toolkit and put its bin directory in PATH")
     if backend == "hip":
         need(["hipcc", "hipconfig"], "install ROCm (HIP 6.1 or newer) and put its bin directory in PATH")
-    if backend == "metal" and sys.platform != "darwin":
-        raise PytqError("the metal backend builds on macOS only: choose --backend cpu")
+    if backend == "metal":
+        if sys.platform != "darwin":
+            raise PytqError(
+                f"the metal backend needs macOS and its Foundation, Metal and MetalKit frameworks, which "
+                f"{platform.system()} lacks: choose --backend cpu"
+            )
+        need(["xcrun"], "install Apple's command line tools (xcode-select --install)")
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True)
     lines = version.stdout.splitlines()
     if version.returncode != 0 or not lines:
