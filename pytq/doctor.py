@@ -58,18 +58,16 @@ def run(full: bool = False) -> list[Finding]:
         check_extension,
         check_golden,
         check_attention,
+        functools.partial(check_runs, full),
     ]
-    if full:
-        checks.append(check_runs)
     found: list[Finding] = []
     for check in checks:
         try:
             found += check()
         except Exception as error:  # a doctor that dies on the patient's illness is no use
             text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            found.append(
-                Finding(check.__name__.removeprefix("check_"), FAIL, text, "this check could not finish")
-            )
+            name = getattr(check, "__name__", "check_runs").removeprefix("check_")
+            found.append(Finding(name, FAIL, text, "this check could not finish"))
     return found
 
 
@@ -166,12 +164,52 @@ def check_builds() -> list[Finding]:
                 Finding(f"{kind} build", level, str(error), whys[kind], f"run `pytq build --{kind}`")
             )
             continue
-        pin = build.info.get("pin", {})
-        text = (
-            f"{build.root}, llama.cpp {pin.get('commit', 'of your own (named by an environment variable)')}"
+        found.append(
+            _named_build(kind, build)
+            if os.environ.get(f"PYTQ_{kind.upper()}_BUILD")
+            else _own_build(build, whys[kind])
         )
-        found.append(Finding(f"{kind} build", OK, text, whys[kind]))
+    for kind in paths.KINDS:
+        for backend in paths.BACKENDS[1:]:
+            named = os.environ.get(f"PYTQ_{kind.upper()}_BUILD")  # stands for all backends
+            if not named and any((paths.home() / "builds").glob(f"{kind}-{backend}-*")):
+                found.append(_gpu_build(kind, backend))
     return found
+
+
+def _own_build(build: paths.BuildDir, why: str) -> Finding:
+    commit = build.info.get("pin", {}).get("commit", "?")
+    return Finding(
+        f"{build.kind} build", OK, f"{build.root}, llama.cpp {commit}, of this pin and series", why
+    )
+
+
+def _named_build(kind: str, build: paths.BuildDir) -> Finding:
+    """A build that an environment variable names is used as it is; whether it fits can be said if `pytq build` made it."""
+    from pytq.build import source_key
+
+    variable, name = f"PYTQ_{kind.upper()}_BUILD", f"{kind} build"
+    why = "an environment variable names this build, and pytq uses it unchecked"
+    made_from = build.info.get("source_key")
+    if made_from is None:
+        return Finding(name, OK, f"{build.root}, of your own ({variable})", why)
+    if made_from == source_key(kind, build.info.get("backend", "cpu")):  # type: ignore[arg-type]
+        return Finding(name, OK, f"{build.root} ({variable}), of this pin and series", why)
+    return Finding(
+        name,
+        WARN,
+        f"{build.root} ({variable}) was made from another pin or series",
+        why,
+        f"unset {variable} and run `pytq build --{kind}`",
+    )
+
+
+def _gpu_build(kind: paths.Kind, backend: str) -> Finding:
+    name, why = f"{kind} build, {backend}", "an outdated one is not used"
+    try:
+        return Finding(name, OK, str(paths.find_build(kind, backend).root), why)
+    except PytqError as error:
+        return Finding(name, WARN, str(error), why, f"run `pytq build --{kind} --backend {backend}`")
 
 
 def check_binding() -> list[Finding]:
@@ -216,6 +254,17 @@ def check_space() -> list[Finding]:
 def check_extension() -> list[Finding]:
     """The compiled part, the instruction sets it found, and the one it uses."""
     lib = ffi.lib()
+    missing = missing_types()
+    if missing:
+        return [
+            Finding(
+                "extension",
+                FAIL,
+                f"pytq._pytq is older than csrc/types.def: it lacks {', '.join(missing[:4])}",
+                "encoders and self-tests run in it",
+                "rebuild it: `make ext` in the checkout, or `pip install -e .`",
+            )
+        ]
     caps = lib.pytq_cpu_caps()
     tier = ffi.ffi().string(lib.pytq_cpu_tier()).decode()
     able = [name for name, bits in CAPS.items() if bits and bits & caps == bits] or [
@@ -275,7 +324,18 @@ def digest(blocks: bytes | NDArray[np.uint8]) -> str:
 
 
 def _info(row: TypeRow) -> Any:
-    return ffi.lib().pytq_type_get(row.id)
+    info = ffi.lib().pytq_type_get(row.id)
+    if info == ffi.ffi().NULL:
+        raise PytqError(f"the extension has no type {row.name}: rebuild it with `make ext`")
+    return info
+
+
+def missing_types() -> list[str]:
+    """Types of the table that the compiled extension does not know, or knows with other blocks."""
+    null, get = ffi.ffi().NULL, ffi.lib().pytq_type_get
+    return [
+        row.name for row in load_types() if get(row.id) == null or get(row.id).block_bytes != row.block_bytes
+    ]
 
 
 def _quantize(row: TypeRow, x: NDArray[np.float32], reference: bool = False) -> NDArray[np.uint8]:
@@ -299,6 +359,8 @@ def _dequantize(row: TypeRow, blocks: NDArray[np.uint8], n: int) -> NDArray[np.f
 
 def check_golden() -> list[Finding]:
     """Every type encodes the golden vectors to the bytes of the NumPy reference, in the reference and the fast code."""
+    if missing_types():
+        return []  # check_extension has said so
     want = json.loads(GOLDEN.read_text())
     wrong = []
     for row in load_types():
@@ -379,7 +441,9 @@ def attention_error(row_k: TypeRow, row_v: TypeRow, n_kv: int = 96) -> float:
 
 def check_attention() -> list[Finding]:
     """Every tier of the machine on every type as K and V."""
-    found = []
+    found: list[Finding] = []
+    if missing_types():
+        return found
     for tier in tiers():
         errors = {row.name: attention_error(row, row) for row in load_types()}
         bad = [f"{name} ({error:.1e})" for name, error in errors.items() if not error <= ATTENTION_BOUND]
@@ -395,34 +459,33 @@ def check_attention() -> list[Finding]:
     return found
 
 
-def check_runs() -> list[Finding]:
-    """The patched build runs flash attention with each type on a random-weight model of each head size."""
+def check_runs(full: bool = False) -> list[Finding]:
+    """The patched build runs flash attention on random-weight models: two types at head_dim 128, or all of them at all sizes."""
     from pytq.bench.runner import Case, Options, run_once
-    from pytq.bench.shapes import Shape, write_model
-    from pytq.model import default_model
+    from pytq.bench.shapes import Shape, small_vocab, write_model
 
-    build = paths.find_build("patched")
-    program = build.program("llama-bench")
+    try:
+        program = paths.find_build("patched").program("llama-bench")
+    except PytqError:
+        return []  # check_builds has said so
     found = []
-    vocab = default_model()
+    flags = estimate.flags() if full else ["kv4", "turbo3"]
     with tempfile.TemporaryDirectory() as directory:
-        for dim in sorted({row.head_dim for row in load_types()}):
+        vocab = small_vocab(Path(directory) / "vocab.gguf")
+        for dim in sorted({row.head_dim for row in load_types()}) if full else [128]:
             model = Path(directory) / f"d{dim}.gguf"
             write_model(Shape(1, 2 * dim, 2, 1, dim, 256, 4096), f"d{dim}", vocab, model)
             bad = []
-            for flag in estimate.flags():
+            for flag in flags:
                 options = Options(model, (0,), 32, 2, 1, extra=("--no-warmup",))
                 try:
                     run_once(options.command(program, Case("patched", flag, flag), 0))
                 except PytqError as error:
                     bad.append(f"{flag}: {error}")
-            why = "these types run in llama.cpp itself"
+            name, why = f"flash attention d{dim}", "these types run in llama.cpp itself"
             if bad:
-                found.append(
-                    Finding(
-                        f"flash attention d{dim}", FAIL, "; ".join(bad), why, "`pytq build --patched --force`"
-                    )
-                )
+                found.append(Finding(name, FAIL, "; ".join(bad), why, "`pytq build --patched --force`"))
             else:
-                found.append(Finding(f"flash attention d{dim}", OK, ", ".join(estimate.flags()), why))
+                more = "" if full else " (`--full`: all types and head sizes)"
+                found.append(Finding(name, OK, ", ".join(flags) + more, why))
     return found

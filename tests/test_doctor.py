@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from pytq import doctor, paths
+from pytq import doctor, ffi, paths
+from pytq.build import source_key
 from pytq.cli import main
 from pytq.codec.block import encode
 from pytq.codec.table import find_type, load_types
@@ -76,6 +77,50 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert finding.level == FAIL and finding.do
 
 
+class OldExtension:
+    """The compiled library before a type was added to the table."""
+
+    def __init__(self, lib: object) -> None:
+        self.lib = lib
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.lib, name)
+
+    def pytq_type_get(self, identifier: int) -> object:
+        known = identifier != find_type("kv5", 64).id
+        return self.lib.pytq_type_get(identifier) if known else ffi.ffi().NULL  # type: ignore[attr-defined]
+
+
+def test_a_stale_extension_is_a_problem_and_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = OldExtension(ffi.lib())
+    monkeypatch.setattr(ffi, "lib", lambda: old)
+    finding = doctor.check_extension()[0]
+    assert finding.level == FAIL and "kv5_d64" in finding.found and "rebuild" in finding.do
+    assert doctor.check_golden() == doctor.check_attention() == []
+
+
+def test_named_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an environment variable names is used unchecked, so the doctor says whether it fits."""
+    (tmp_path / "bin").mkdir()
+    for name in ("llama-bench", paths.library_name()):
+        (tmp_path / "bin" / name).touch()
+    monkeypatch.setenv("PYTQ_PATCHED_BUILD", str(tmp_path))
+    monkeypatch.setenv("PYTQ_STOCK_BUILD", str(tmp_path))
+    assert "of your own" in doctor.check_builds()[1].found
+    (tmp_path / "build.json").write_text(json.dumps({"source_key": "other"}))
+    finding = doctor.check_builds()[1]
+    assert finding.level == WARN and "another pin or series" in finding.found and finding.do
+    (tmp_path / "build.json").write_text(json.dumps({"source_key": source_key("patched", "cpu")}))
+    assert doctor.check_builds()[1].level == OK
+
+
+def test_an_outdated_gpu_build_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTQ_HOME", str(tmp_path))
+    monkeypatch.delenv("PYTQ_PATCHED_BUILD", raising=False)
+    (tmp_path / "builds" / "patched-cuda-0").mkdir(parents=True)
+    assert level(doctor.check_builds(), "patched build, cuda") == WARN
+
+
 def test_forced_tier_is_mentioned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTQ_CPU_CAPS", "scalar")
     assert "PYTQ_CPU_CAPS" in doctor.check_extension()[0].found
@@ -110,3 +155,17 @@ def test_full_on_this_machine(patched: object, stock: object) -> None:
     findings = doctor.run(full=True)
     assert [f for f in findings if f.level == FAIL] == []
     assert sum(f.name.startswith("flash attention") for f in findings) == 6
+
+
+@pytest.mark.slow
+def test_short_run_of_flash_attention(
+    patched: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without --full two types run, nothing is fetched, and a build that cannot run is a problem."""
+    findings = doctor.check_runs()
+    assert [(f.name, f.level) for f in findings] == [("flash attention d128", OK)]
+    for name in ("llama-bench", paths.library_name()):
+        (tmp_path / name).write_text("#!/bin/sh\necho broken >&2; exit 1\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PYTQ_PATCHED_BUILD", str(tmp_path))
+    assert [f.level for f in doctor.check_runs()] == [FAIL]

@@ -118,6 +118,24 @@ def _nbytes(dims: tuple[int, ...]) -> int:
     return int(np.prod(dims)) * 4 if _is_f32(dims) else int(np.prod(dims)) // Q4_BLOCK * Q4_BYTES
 
 
+def small_vocab(path: Path, n: int = 300) -> Path:
+    """A tokenizer of bytes and digits without a model, so that a few hundred kilobytes are enough for a model that loads."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(
+        ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *map(str, range(n - 259))]
+    )
+    writer.add_token_scores([0.0] * n)
+    writer.add_token_types([2, 3, 3, *([6] * 256), *([1] * (n - 259))])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def write_model(
     shape: Shape,
     name: str,
