@@ -28,17 +28,17 @@ import numpy.typing as npt
 
 from pytq.errors import PytqError
 from pytq.gguf.layout import Layout, read_layout
+from pytq.gguf.profile import ARCH, default_path
 
-ARCH = "kvprofile"
 FORMAT_VERSION = 1
-SUFFIX = ".kvprofile.gguf"
-EMBEDDED_KEY = "pytq.kvprofile"
 SAMPLE = 256
 # |A^T (A^-T) - I| of a sound file is rounding; anything larger means damage
 INVERSE_TOLERANCE = 1e-2
 LAYER_TENSORS = ("kv_k_rot", "kv_q_rot", "kv_k_mean", "kv_q_var", "kv_k_var", "kv_v_var")
 
 F32 = npt.NDArray[np.float32]
+
+__all__ = ["LayerProfile", "Profile", "default_path", "fingerprint", "load_profile", "write_profile"]
 
 
 @dataclass
@@ -114,11 +114,6 @@ def fingerprint(layout: Layout) -> str:
                     raise PytqError(f"{layout.path}: the file is shorter than its header says")
                 h.update(piece)
     return h.hexdigest()
-
-
-def default_path(model: Path) -> Path:
-    """``MODEL.kvprofile.gguf`` beside the model, where the patched llama.cpp looks."""
-    return model.with_name((model.name[:-5] if model.name.endswith(".gguf") else model.name) + SUFFIX)
 
 
 def write_profile(path: Path, profile: Profile) -> None:

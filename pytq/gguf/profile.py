@@ -24,6 +24,11 @@ SUFFIX = ".kvprofile.gguf"
 MAX_BYTES = 1 << 30
 
 
+def default_path(model: Path) -> Path:
+    """``MODEL.kvprofile.gguf`` beside the model, where the patched llama.cpp looks."""
+    return model.with_name(model.name.removesuffix(".gguf") + SUFFIX)
+
+
 def is_profile(layout: Layout) -> bool:
     return layout.get("general.architecture") == ARCH
 
@@ -78,7 +83,7 @@ def find(model: Layout) -> Layout | None:
     named = os.environ.get("PYTQ_KV_PROFILE", "")
     if named == "none":
         return None
-    beside = model.path.with_name(model.path.name.removesuffix(".gguf") + SUFFIX)
+    beside = default_path(model.path)
     if named:
         found = read_layout(named)
     elif beside.is_file():
