@@ -69,8 +69,9 @@ BACKEND_OPTIONS = {
     "hip": ("GGML_HIP=ON", "PYTQ_HIP=ON"),
     "metal": ("GGML_METAL=ON", "GGML_METAL_EMBED_LIBRARY=ON", "PYTQ_METAL=ON"),
 }
-# planned backends: stock llama.cpp builds for them, the patched one is refused
-WITHOUT_KERNELS = ("hip",)
+# what ggml-hip's CMakeLists.txt looks for, and its oldest version
+ROCM_PACKAGES = ("hip", "hipblas", "rocblas")
+ROCM_OLDEST = (6, 1)
 # never compiled here, so not unpacked: vocabularies for upstream's own tests (76 MB)
 SKIPPED = ("models/",)
 # directories of csrc/ that a backend does not compile
@@ -192,7 +193,7 @@ def find_tools(backend: str = "cpu") -> Tools:
     if backend == "cuda":
         need(["nvcc"], "install the CUDA toolkit and put its bin directory in PATH")
     if backend == "hip":
-        need(["hipcc", "hipconfig"], "install ROCm (HIP 6.1 or newer) and put its bin directory in PATH")
+        _check_rocm(need(["hipconfig"], "install ROCm (HIP 6.1 or newer) and put its bin directory in PATH"))
     if backend == "metal":
         if sys.platform != "darwin":
             raise PytqError(
@@ -205,6 +206,30 @@ def find_tools(backend: str = "cpu") -> Tools:
     if version.returncode != 0 or not lines:
         raise PytqError(f"{cxx} --version failed: {compiler}")
     return Tools(cmake, ninja, git, cc, cxx, lines[0])
+
+
+def _check_rocm(hipconfig: str) -> None:
+    """ROCm is new enough and whole, or a PytqError says what is missing; CMake would say it in forty lines."""
+
+    def ask(option: str) -> str:
+        done = subprocess.run([hipconfig, option], capture_output=True, text=True)
+        if done.returncode != 0:
+            raise PytqError(f"{hipconfig} {option} failed: reinstall ROCm (HIP 6.1 or newer)")
+        return done.stdout.strip()
+
+    version = re.match(r"(\d+)\.(\d+)", ask("--version"))
+    if version is None or (int(version[1]), int(version[2])) < ROCM_OLDEST:
+        raise PytqError(
+            f"{hipconfig} is of HIP {version[0] if version else 'unknown'}: llama.cpp needs 6.1 or newer"
+        )
+    root = Path(os.environ.get("ROCM_PATH") or ask("--rocmpath"))
+    places = [root / "lib" / "cmake", root / "lib64" / "cmake", *root.glob("lib/*/cmake")]
+    for package in ROCM_PACKAGES:
+        if not any((place / package).is_dir() for place in places):
+            raise PytqError(
+                f"ROCm in {root} lacks {package} (no lib/cmake/{package}): install its development package, or "
+                "point ROCM_PATH to a whole installation"
+            )
 
 
 # -- the build -------------------------------------------------------------------------------------------
@@ -240,11 +265,6 @@ def build(
         raise PytqError(f"unknown build kind {kind!r}: stock or patched")
     if backend not in paths.BACKENDS:
         raise PytqError(f"unknown backend {backend!r}: one of {', '.join(paths.BACKENDS)}")
-    if kind == "patched" and backend in WITHOUT_KERNELS:
-        raise PytqError(
-            f"pytq has no {backend} kernels yet, so a patched {backend} build would run attention on the CPU: "
-            "use --backend cpu or cuda"
-        )
     if jobs is not None and jobs < 1:
         raise PytqError(f"--jobs {jobs}: at least 1")
     if source is not None and not (source / "CMakeLists.txt").is_file():

@@ -148,13 +148,6 @@ def test_the_second_kind_compiles_only_what_the_series_touches(root: Path, cache
     assert (work / "src" / "lib.c").read_text() == LIB
 
 
-@pytest.mark.parametrize("backend", build.WITHOUT_KERNELS)
-def test_a_backend_without_kernels_is_refused(root: Path, cache: Path, backend: str) -> None:
-    with pytest.raises(PytqError, match=f"no {backend} kernels yet"):
-        build.build("patched", backend)
-    assert nothing_left(cache)
-
-
 def test_a_changed_series_starts_from_the_originals(root: Path) -> None:
     build.build("patched")
     (root / "patches" / "0001-answer.patch").write_text(PATCH.replace("return 42", "return 43"))
