@@ -52,6 +52,6 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def harness(objects: Path, upstream: Path) -> Path:
     """All kernels and the dispatching code, compiled with the shim."""
-    import device
+    import metal_device as device
 
     return device.build(objects, upstream)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import device
+import metal_device as device
 import metal_shim as shim
 import numpy as np
 import pytest
-from device import F16, F32, Q8_0, ROWS, Device, Tensor
+from metal_device import F16, F32, Q8_0, ROWS, Device, Tensor
 
 from pytq.codec.table import find_type
 

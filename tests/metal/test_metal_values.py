@@ -11,7 +11,7 @@ from pathlib import Path
 import metal_shim as shim
 import numpy as np
 import pytest
-from device import F16, F32, I32, I64, ROWS, Device, Tensor
+from metal_device import F16, F32, I32, I64, ROWS, Device, Tensor
 
 from pytq.codec.table import TypeRow, find_type
 

@@ -72,8 +72,8 @@ def block(type_id: int) -> tuple[int, int]:
     """Values and bytes of a block."""
     if type_id in OTHER_BLOCKS:
         return OTHER_BLOCKS[type_id]
-    row = ROWS[type_id]
-    return row.head_dim, row.block_bytes
+    row = ROWS.get(type_id)
+    return (row.head_dim, row.block_bytes) if row else (8, 8)  # a flag of the types table
 
 
 ROWS: dict[int, TypeRow] = {row.id: row for row in load_types()}
