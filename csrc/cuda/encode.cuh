@@ -13,7 +13,9 @@
 //               the survivor back takes one dependent read per 30 coordinates.
 //   LANES = 8   four vectors per warp, for throughput: a lane computes all eight; triples are written down and followed
 //               back one by one.
-// A head size that is no multiple of three is filled up in front with steps that cost nothing and cannot leave state 0.
+// The other steps are the same code for both: a vector belongs to LANES lanes, lane l takes coordinates l, l + LANES
+// ... A head size that is no multiple of three is filled up in front with steps that cost nothing and cannot leave
+// state 0.
 #pragma once
 
 #include "device.cuh"
@@ -49,30 +51,28 @@ PYTQ_DEV void warp_fence() {
 }
 #endif
 
-// Largest value of 32 lanes.
-PYTQ_DEV uint32_t max32(uint32_t x) {
+// Largest value of the LANES lanes of a vector.
+template <int LANES> PYTQ_DEV uint32_t max_of(uint32_t x) {
 #if defined(PYTQ_PTX) && __CUDA_ARCH__ >= 800
-    return __reduce_max_sync(0xffffffffu, x);
+    constexpr int shuffles_from = LANES == 32 ? 0 : LANES / 2;
+    if constexpr (LANES == 32) {
+        x = __reduce_max_sync(0xffffffffu, x);
+    }
 #else
-    for (int s = 16; s > 0; s /= 2) {
+    constexpr int shuffles_from = LANES / 2;
+#endif
+#pragma unroll
+    for (int s = shuffles_from; s > 0; s /= 2) {
         const uint32_t o = swap_lanes(x, s);
         x = o > x ? o : x;
     }
     return x;
-#endif
 }
 
-PYTQ_DEV uint32_t min32(uint32_t x) {
-    return ~max32(~x);
-}
-
-// Programmatic dependent launch: waits until the kernels before this one are done (nothing where it was launched
-// without that attribute), and lets the next kernel start its own waiting.
-PYTQ_DEV void wait_for_inputs() {
-#if defined(PYTQ_PTX) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+// Bits of a predicate over the lanes of a vector, lowest lane first.
+template <int LANES> PYTQ_DEV uint32_t bits_of(bool b, int lane) {
+    const uint32_t w = ballot32(b, lane & 32);
+    return LANES == 32 ? w : w >> (lane & 24) & 255u;
 }
 
 struct encode_params {
@@ -102,34 +102,46 @@ struct encode_job {
     int first_end, second_end;
 };
 
-// One warp's work in shared memory: byte offsets of the parts of one vector.
+// One vector's work in shared memory: byte offsets. x is at 0; out takes the place of the metrics.
 struct encode_parts {
-    int best, cost, metric, state, path, survivor, bytes; // x is at 0; out takes the place of the metrics
+    int best, cost, metric, path, survivor, bytes;
     PYTQ_HD static constexpr int rounds(int d) { return (d + 2) / 3; }
-    PYTQ_HD constexpr encode_parts(int d, bool with_survivors)
-        : best(4 * d), cost(8 * d), metric(cost + 48 * rounds(d)), state(metric + 2 * 96 * 4), path(state + 32),
-          survivor(path + (rounds(d) + 15) / 16 * 16), bytes(survivor + (with_survivors ? 256 * rounds(d) : 0)) {
+    PYTQ_HD constexpr encode_parts(int d, int lanes)
+        : best(4 * d), cost(6 * d), metric(cost + 48 * rounds(d)), path(metric + (lanes == 32 ? 2 : 1) * 96 * 4),
+          survivor(path + (rounds(d) + 15) / 16 * 16), bytes(survivor + (lanes == 32 ? 256 * (rounds(d) + 1) : 0)) {
         // vectors that are read side by side lie eight banks apart
         bytes = (bytes + 95) / 128 * 128 + 32;
     }
 };
 
-PYTQ_DEV float fold16(float acc) {
-    for (int w = 8; w > 0; w /= 2) {
+// Sum of a[i] * b[i] in the reference's order: 16 sums of every 16th product, folded by halves.
+template <int LANES> PYTQ_DEV float sum_product(const float * a, const float * b, int n, int lane) {
+    const int l = lane & (LANES - 1);
+    float acc = 0.0f;
+    if constexpr (LANES == 32) { // both halves of the warp the same
+#pragma unroll 8
+        for (int base = 0; base < n; base += 16) {
+            const int i = base + (l & 15);
+            if (i < n) {
+                acc = __fadd_rn(acc, __fmul_rn(a[i], b[i]));
+            }
+        }
+        acc = __fadd_rn(acc, swap_lanes(acc, 8));
+    } else {
+        float upper = 0.0f;
+#pragma unroll 8
+        for (int i = l; i < n; i += 16) {
+            acc = __fadd_rn(acc, __fmul_rn(a[i], b[i]));
+            if (i + 8 < n) {
+                upper = __fadd_rn(upper, __fmul_rn(a[i + 8], b[i + 8]));
+            }
+        }
+        acc = __fadd_rn(acc, upper);
+    }
+    for (int w = 4; w > 0; w /= 2) {
         acc = __fadd_rn(acc, swap_lanes(acc, w));
     }
     return acc;
-}
-
-// Sum of a[i] * b[i] in the reference's order: lane i % 16 adds its products in ascending order. Both half warps get
-// the result.
-PYTQ_DEV float sum_product(const float * a, const float * b, int n, int lane) {
-    float acc = 0.0f;
-#pragma unroll 4
-    for (int i = lane & 15; i < n; i += 16) {
-        acc = __fadd_rn(acc, __fmul_rn(a[i], b[i]));
-    }
-    return fold16(acc);
 }
 
 PYTQ_DEV int log8_encode(float sigma, int shift) {
@@ -148,31 +160,46 @@ PYTQ_DEV int log8_encode(float sigma, int shift) {
     return e < 1 ? 0 : e > 255 ? 255 : e;
 }
 
-PYTQ_DEV float scaled(float x, int shift) {
-    return shift ? ldexpf(x, shift) : x;
+// Out of line: only vectors of extreme size get there.
+static __device__ __noinline__ float rare_ldexp(float x, int shift) {
+    return ldexpf(x, shift);
 }
 
-// Nearest level of each subset for one coordinate: squared errors in the order [z0][z1], best levels as bytes z = 2 z1
-// + z0.
-template <int CODE, int BITS> PYTQ_DEV void choose(float y, float weight, float cost[4], uint32_t * best) {
+PYTQ_DEV float scaled(float x, int shift) {
+    return shift ? rare_ldexp(x, shift) : x;
+}
+
+// A level and its index (trellis: within its subset) in one word: the levels are small integers, so the low bits of
+// the float are free.
+template <int CODE, int BITS> PYTQ_HD constexpr uint32_t tagged_level(int i) {
+    const int v = book<CODE, BITS>::level(i), a = v < 0 ? -v : v;
+    int e = 0;
+    while (a >> (e + 1)) {
+        e++;
+    }
+    return (v < 0 ? 0x80000000u : 0u) | (a ? (uint32_t) (127 + e) << 23 | ((uint32_t) a << (23 - e) & 0x7fffffu) : 0u) |
+           (uint32_t) (CODE == PYTQ_CODE_TRELLIS ? i >> 2 : i);
+}
+
+// Nearest level of each subset for one coordinate: squared errors in the order [z0][z1], indices within the subsets as
+// nibbles z = 2 z1 + z0.
+template <int CODE, int BITS, bool WEIGHTED>
+PYTQ_DEV void choose(float y, float weight, float cost[4], uint16_t * best) {
     using B = book<CODE, BITS>;
     constexpr int n_sub = B::n_levels / 4;
-    uint32_t packed = 0;
+    uint32_t word[4];
 #pragma unroll
     for (int z = 0; z < 4; z++) {
-        int n = 0;
-        float level = (float) B::level(z);
+        word[z] = tagged_level<CODE, BITS>(z);
 #pragma unroll
         for (int k = 0; k + 1 < n_sub; k++) {
             const bool up = y > 0.5f * (float) (B::level(4 * k + z) + B::level(4 * k + 4 + z));
-            n = up ? k + 1 : n;
-            level = up ? (float) B::level(4 * k + 4 + z) : level;
+            word[z] = up ? tagged_level<CODE, BITS>(4 * k + 4 + z) : word[z];
         }
-        const float e = __fsub_rn(y, level);
-        cost[(z & 1) * 2 + (z >> 1)] = __fmul_rn(weight, __fmul_rn(e, e));
-        packed |= (uint32_t) (4 * n + z) << (8 * z);
+        const float e = __fsub_rn(y, as_float(word[z] & 0xffff0000u)), e2 = __fmul_rn(e, e);
+        cost[(z & 1) * 2 + (z >> 1)] = WEIGHTED ? __fmul_rn(weight, e2) : e2;
     }
-    *best = packed;
+    *best = (uint16_t) (word[0] + (word[1] << 4) + (word[2] << 8) + (word[3] << 12));
 }
 
 template <int CODE, int BITS> PYTQ_DEV float level_at(int i) {
@@ -204,11 +231,11 @@ template <int BITS, class F> PYTQ_DEV void with_bits(int bits, F f) {
     }
 }
 
-struct choose_call {
+template <bool WEIGHTED> struct choose_call {
     float y, weight;
     float * cost;
-    uint32_t * best;
-    template <int B> PYTQ_DEV void operator()() { choose<PYTQ_CODE_TRELLIS, B>(y, weight, cost, best); }
+    uint16_t * best;
+    template <int B> PYTQ_DEV void operator()() { choose<PYTQ_CODE_TRELLIS, B, WEIGHTED>(y, weight, cost, best); }
 };
 
 template <int CODE> struct level_call {
@@ -224,43 +251,48 @@ template <int CODE> struct step_call {
 
 extern __shared__ __align__(16) char encode_smem[];
 
-// r[i] of the 32 lanes: coordinate 32 i + lane. The order of the additions is that of ggml's kernel for this product.
-PYTQ_DEV void hadamard(float r[8], int d, float factor, int lane) {
+template <int LANES> constexpr int encode_regs = 256 / LANES; // of a lane that holds its part of the longest vector
+
+// r[k]: coordinate LANES k + l. The order of the additions is that of ggml's kernel for this product.
+template <int LANES> PYTQ_DEV void hadamard(float r[], int d, float factor, int lane) {
+    constexpr int N = encode_regs<LANES>;
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-        r[i] = __fmul_rn(r[i], factor);
+    for (int k = 0; k < N; k++) {
+        r[k] = __fmul_rn(r[k], factor);
     }
 #pragma unroll
-    for (int h = 1; h < 32; h *= 2) {
+    for (int h = 1; h < LANES; h *= 2) {
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            if (32 * i < d) {
-                const float o = swap_lanes(r[i], h);
-                r[i] = lane & h ? __fsub_rn(o, r[i]) : __fadd_rn(r[i], o);
+        for (int k = 0; k < N; k++) {
+            if (LANES * k < d) {
+                const float o = swap_lanes(r[k], h);
+                r[k] = lane & h ? __fsub_rn(o, r[k]) : __fadd_rn(r[k], o);
             }
         }
     }
 #pragma unroll
-    for (int h = 1; h < 8; h *= 2) {
-        if (32 * h < d) {
+    for (int h = 1; h < N; h *= 2) {
+        if (LANES * h < d) {
 #pragma unroll
-            for (int i = 0; i < 8; i++) {
-                if (!(i & h)) {
-                    const float a = r[i], b = r[i + h];
-                    r[i] = __fadd_rn(a, b), r[i + h] = __fsub_rn(a, b);
+            for (int k = 0; k < N; k++) {
+                if (!(k & h)) {
+                    const float a = r[k], b = r[k + h];
+                    r[k] = __fadd_rn(a, b), r[k + h] = __fsub_rn(a, b);
                 }
             }
         }
     }
 }
 
-PYTQ_DEV void load_vector(const float * src, int d, float factor, int lane, float r[8]) {
+// n: coordinates to read, d or 0
+template <int LANES> PYTQ_DEV void load_vector(const float * src, int n, int d, float factor, int lane, float r[]) {
+    const int l = lane & (LANES - 1);
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-        r[i] = 32 * i + lane < d ? src[32 * i + lane] : 0.0f;
+    for (int k = 0; k < encode_regs<LANES>; k++) {
+        r[k] = LANES * k < d && LANES * k + l < n ? src[LANES * k + l] : 0.0f;
     }
     if (factor != 0.0f) {
-        hadamard(r, d, factor, lane);
+        hadamard<LANES>(r, d, factor, lane);
     }
 }
 
@@ -268,61 +300,96 @@ PYTQ_DEV void load_vector(const float * src, int d, float factor, int lane, floa
 // step lie as [z0][z1] in shared memory.
 template <int LANES> struct trellis_round {
     static constexpr bool fixed = LANES == 32; // u1 and u2 are the lane's
-    static constexpr int n_new = fixed ? 2 : 8;
-    int o1, o2, o3; // this lane's order of the costs of each step
+    static constexpr int n_new = fixed ? 2 : 8, n_u1 = fixed ? 1 : 2, n_u2 = fixed ? 1 : 2;
+    int o1[4], o2[2], o3[fixed ? 2 : 4]; // byte offsets of this lane's costs in the first round
 
-    PYTQ_DEV trellis_round(int s, int u1, int u2) {
+    PYTQ_DEV trellis_round(int cost, int s, int u1, int u2) {
         const int s2 = s >> 2, s1 = s >> 1 & 1, s0 = s & 1;
-        o1 = 2 * s1 + u1, o2 = 4 + 2 * (s0 ^ s2) + u2, o3 = 8 + 2 * (s1 ^ u1) + s2;
-    }
-
-    struct costs {
-        float c1[2][2], c2[2], c3[2][2]; // [x3][u1 ^ x4 ^ x5], [u2 ^ x3 ^ x4], [u1][u3 ^ x3]
-    };
-    PYTQ_DEV void load(costs & c, const float * at) const {
 #pragma unroll
-        for (int q = 0; q < 2; q++) {
-            c.c1[0][q] = at[o1 ^ q], c.c1[1][q] = at[o1 ^ 2 ^ q];
-            c.c2[q] = at[o2 ^ q];
-            c.c3[0][q] = at[o3 ^ q];
-            if constexpr (!fixed) {
-                c.c3[1][q] = at[o3 ^ 2 ^ q];
+        for (int q = 0; q < 4; q++) {
+            o1[q] = cost + 4 * ((2 * s1 + u1) ^ q);
+            if (q < 2) {
+                o2[q] = cost + 16 + 4 * ((2 * (s0 ^ s2) + u2) ^ q);
+            }
+            if (q < (fixed ? 2 : 4)) {
+                o3[q] = cost + 32 + 4 * ((2 * (s1 ^ u1) + s2) ^ q);
             }
         }
     }
 
-    // Add, compare, select: b wins only if it is smaller.
-    static PYTQ_DEV float select(float a, float b, int ka, int kb, int & k) {
-        k = b < a ? kb : ka;
-        return fminf(a, b);
+    struct costs {
+        float c1[4], c2[2], c3[fixed ? 2 : 4]; // [x3][u1 ^ x4 ^ x5], [u2 ^ x3 ^ x4], [u1][u3 ^ x3]
+    };
+    // at: byte offset of the round, the same for all lanes
+    PYTQ_DEV void load(costs & c, int at) const {
+#pragma unroll
+        for (int q = 0; q < 4; q++) {
+            c.c1[q] = *(const float *) (encode_smem + o1[q] + at);
+            if (q < 2) {
+                c.c2[q] = *(const float *) (encode_smem + o2[q] + at);
+            }
+            if (q < (fixed ? 2 : 4)) {
+                c.c3[q] = *(const float *) (encode_smem + o3[q] + at);
+            }
+        }
     }
 
-    // m[x5 x4 x3] -> metric and triple of the new states in the order (u1 u2) u3
-    PYTQ_DEV void step(const float m[8], const costs & c, float out[n_new], int triple[n_new]) const {
+    // The two sums of each selection; b wins only if it is smaller.
+    struct sums {
+        float a1[n_u1][4], b1[n_u1][4], a2[n_u1][n_u2][2], b2[n_u1][n_u2][2], a3[n_new], b3[n_new];
+    };
+
+    // m[x5 x4 x3] -> metrics of the new states in the order (u1 u2) u3
+    PYTQ_DEV void metrics(const float m[8], const costs & c, sums & v, float out[n_new]) const {
 #pragma unroll
-        for (int u1 = 0; u1 < (fixed ? 1 : 2); u1++) {
+        for (int u1 = 0; u1 < n_u1; u1++) {
             float n1[4];
-            int k1[4];
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const int q = (i >> 1) ^ u1, x3 = i & 1;
-                n1[i] = select(__fadd_rn(m[i], c.c1[x3][q]), __fadd_rn(m[4 + i], c.c1[x3][q ^ 1]), i, 4 + i, k1[i]);
+                const int q = 2 * (i & 1) + ((i >> 1) ^ u1);
+                v.a1[u1][i] = __fadd_rn(m[i], c.c1[q]), v.b1[u1][i] = __fadd_rn(m[4 + i], c.c1[q ^ 1]);
+                n1[i] = fminf(v.a1[u1][i], v.b1[u1][i]);
             }
 #pragma unroll
-            for (int u2 = 0; u2 < (fixed ? 1 : 2); u2++) {
+            for (int u2 = 0; u2 < n_u2; u2++) {
                 float n2[2];
-                int k2[2];
 #pragma unroll
                 for (int x3 = 0; x3 < 2; x3++) {
                     const int q = x3 ^ u2;
-                    n2[x3] = select(__fadd_rn(n1[x3], c.c2[q]), __fadd_rn(n1[2 + x3], c.c2[q ^ 1]), k1[x3], k1[2 + x3],
-                                    k2[x3]);
+                    v.a2[u1][u2][x3] = __fadd_rn(n1[x3], c.c2[q]);
+                    v.b2[u1][u2][x3] = __fadd_rn(n1[2 + x3], c.c2[q ^ 1]);
+                    n2[x3] = fminf(v.a2[u1][u2][x3], v.b2[u1][u2][x3]);
                 }
 #pragma unroll
                 for (int u3 = 0; u3 < 2; u3++) {
-                    const int at = 4 * u1 + 2 * u2 + u3;
-                    out[at] = select(__fadd_rn(n2[0], c.c3[u1][u3]), __fadd_rn(n2[1], c.c3[u1][u3 ^ 1]), k2[0], k2[1],
-                                     triple[at]);
+                    const int to = 4 * u1 + 2 * u2 + u3, q = 2 * u1 + u3;
+                    v.a3[to] = __fadd_rn(n2[0], c.c3[q]), v.b3[to] = __fadd_rn(n2[1], c.c3[q ^ 1]);
+                    out[to] = fminf(v.a3[to], v.b3[to]);
+                }
+            }
+        }
+    }
+
+    // The winners' x5 x4 x3.
+    static PYTQ_DEV void triples(const sums & v, int out[n_new]) {
+#pragma unroll
+        for (int u1 = 0; u1 < n_u1; u1++) {
+            int k1[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                k1[i] = v.b1[u1][i] < v.a1[u1][i] ? 4 + i : i;
+            }
+#pragma unroll
+            for (int u2 = 0; u2 < n_u2; u2++) {
+                int k2[2];
+#pragma unroll
+                for (int x3 = 0; x3 < 2; x3++) {
+                    k2[x3] = v.b2[u1][u2][x3] < v.a2[u1][u2][x3] ? k1[2 + x3] : k1[x3];
+                }
+#pragma unroll
+                for (int u3 = 0; u3 < 2; u3++) {
+                    const int to = 4 * u1 + 2 * u2 + u3;
+                    out[to] = v.b3[to] < v.a3[to] ? k2[1] : k2[0];
                 }
             }
         }
@@ -337,51 +404,56 @@ template <int LANES> PYTQ_DEV void viterbi(char * at, const encode_parts & parts
     using R = trellis_round<LANES>;
     constexpr bool fixed = R::fixed;
     const int s = fixed ? lane >> 2 : lane & 7, u12 = fixed ? lane & 3 : 0, n_rounds = encode_parts::rounds(d);
-    const R round(s, u12 >> 1, u12 & 1);
-    const float * cost = (const float *) (at + parts.cost);
-    float * const metric = (float *) (at + parts.metric);           // two buffers of [u][s], rows of 12
-    uint32_t * const survivor = (uint32_t *) (at + parts.survivor); // LANES = 32: [round][state]
+    const int base = (int) (at - encode_smem);
+    const R round(base + parts.cost, s, u12 >> 1, u12 & 1);
+    uint32_t * const survivor = (uint32_t *) (at + parts.survivor); // LANES = 32: [round + 1][state]
     uint32_t * const word = (uint32_t *) (at + parts.cost);         // LANES = 8: [round][s], over costs already used
     uint8_t * const path = (uint8_t *) (at + parts.path);
 
-    float m[8], now[R::n_new];
+    // Metrics [u][s], rows of 12: a round reads what the last one wrote (LANES = 32: to a second buffer).
+    int from = base + parts.metric, to = from + (fixed ? 96 * 4 : 0);
+    float now[R::n_new];
     int triple[R::n_new];
 #pragma unroll
-    for (int x = 0; x < 8; x++) {
-        m[x] = x == 0 && s == 0 ? 0.0f : 1e30f;
+    for (int k = 0; k < R::n_new; k++) {
+        now[k] = s == 0 && u12 == 0 && k == 0 ? 0.0f : 1e30f, triple[k] = 0;
+        *(float *) (encode_smem + from + 48 * (2 * u12 + k) + 4 * s) = now[k];
     }
     typename R::costs c;
-    round.load(c, cost);
-    [[maybe_unused]] int in_segment = 0;
-#pragma unroll 2
+    round.load(c, 0);
+    [[maybe_unused]] int in_segment = encode_segment - 1;
+    // Survivors of round q, one round late so that nothing waits for them. The first round of a segment reads something
+    // and drops it; round -1 does nothing of use.
+    const auto follow = [&](int q) {
+        const uint32_t * const old = survivor + 64 * q + s;
+        const uint32_t keep = in_segment ? 0xffffffffu : 0u;
+        const uint32_t h0 = old[8 * triple[0]] & keep, h1 = old[8 * triple[1]] & keep;
+        in_segment = in_segment == encode_segment - 1 ? 0 : in_segment + 1;
+        *(uint2 *) (survivor + 64 * (q + 1) + 2 * lane) =
+            make_uint2(h0 << 3 | (uint32_t) triple[0], h1 << 3 | (uint32_t) triple[1]);
+    };
+#pragma unroll 1
     for (int r = 0; r < n_rounds; r++) {
-        typename R::costs next; // the last read takes what lies behind the costs, for nothing
-        cost += 12;
-        round.load(next, cost);
-        round.step(m, c, now, triple);
-        c = next;
-        float * const to = metric + 96 * (r & 1);
-        if constexpr (fixed) {
-            to[24 * u12 + s] = now[0], to[24 * u12 + 12 + s] = now[1];
-        } else {
-#pragma unroll
-            for (int u = 0; u < 8; u++) {
-                to[12 * u + s] = now[u];
-            }
-        }
         warp_fence();
-        const float4 lo = *(const float4 *) (to + 12 * s), hi = *(const float4 *) (to + 12 * s + 4);
-        m[0] = lo.x, m[1] = lo.y, m[2] = lo.z, m[3] = lo.w;
-        m[4] = hi.x, m[5] = hi.y, m[6] = hi.z, m[7] = hi.w;
+        const float4 lo = *(const float4 *) (encode_smem + from + 48 * s);
+        const float4 hi = *(const float4 *) (encode_smem + from + 48 * s + 16);
+        const float m[8] = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w};
         if constexpr (fixed) {
-            // the first round of a segment reads something (before the table: the path) and drops it
-            const uint32_t * const old = survivor + 64 * (r - 1) + s;
-            const uint32_t keep = in_segment ? 0xffffffffu : 0u;
-            const uint32_t h0 = old[8 * triple[0]] & keep, h1 = old[8 * triple[1]] & keep;
-            in_segment = in_segment == encode_segment - 1 ? 0 : in_segment + 1;
-            *(uint2 *) (survivor + 64 * r + 2 * lane) =
-                make_uint2(h0 << 3 | (uint32_t) triple[0], h1 << 3 | (uint32_t) triple[1]);
-        } else {
+            follow(r - 1);
+        }
+        typename R::costs next;
+        round.load(next, 48 * (r + 1)); // the last one reads what lies behind the costs, for nothing
+        typename R::sums sums;
+        round.metrics(m, c, sums, now);
+        if constexpr (!fixed) {
+            warp_fence();
+        }
+#pragma unroll
+        for (int k = 0; k < R::n_new; k++) {
+            *(float *) (encode_smem + to + 48 * (2 * u12 + k) + 4 * s) = now[k];
+        }
+        R::triples(sums, triple);
+        if constexpr (!fixed) {
             uint32_t w = (uint32_t) triple[7];
 #pragma unroll
             for (int u = 6; u >= 0; u--) {
@@ -389,12 +461,19 @@ template <int LANES> PYTQ_DEV void viterbi(char * at, const encode_parts & parts
             }
             word[8 * r + s] = w;
         }
+        c = next;
+        const int other = from;
+        from = to, to = other;
+    }
+    if constexpr (fixed) {
+        warp_fence();
+        follow(n_rounds - 1);
     }
     warp_fence();
 
     // Best final state, the lowest on ties; metrics are not negative, so their bits order them.
     if constexpr (fixed) {
-        const uint32_t b0 = as_uint(now[0]), b1 = as_uint(now[1]), best = min32(b0 < b1 ? b0 : b1);
+        const uint32_t b0 = as_uint(now[0]), b1 = as_uint(now[1]), best = ~max_of<32>(~(b0 < b1 ? b0 : b1));
         const uint32_t e0 = ballot32(b0 == best, lane & 32), e1 = ballot32(b1 == best, lane & 32), e = e0 | e1;
         const uint32_t low = e & (0u - e);
         uint32_t state = 2 * (uint32_t) __popc(low - 1) + (e0 & low ? 0 : 1);
@@ -402,9 +481,10 @@ template <int LANES> PYTQ_DEV void viterbi(char * at, const encode_parts & parts
             path[n_rounds - 2] = (uint8_t) (state >> 3), path[n_rounds - 1] = (uint8_t) (state & 7);
         }
         // the triple of a round is that of its first state: coded bits of two rounds before
+#pragma unroll 1
         for (int end = n_rounds; end > 0;) {
             const int begin = (end - 1) / encode_segment * encode_segment, n = end - begin;
-            const uint32_t w = survivor[64 * (end - 1) + state];
+            const uint32_t w = survivor[64 * end + state];
             const int round_of = begin + lane - 2;
             if (lane < n && round_of >= 0) {
                 path[round_of] = (uint8_t) (w >> (3 * (n - 1 - lane)) & 7u);
@@ -445,270 +525,280 @@ template <int LANES> PYTQ_DEV void viterbi(char * at, const encode_parts & parts
 struct encode_item {
     const float * src;
     uint8_t * dst;
-    PYTQ_DEV encode_item(const encode_params & p, long long item) {
-        const int ib = (int) (item % p.blocks_per_row);
-        long long rest = item / p.blocks_per_row;
-        const int i1 = (int) (rest % p.n1);
-        rest /= p.n1;
-        const int i2 = (int) (rest % p.n2), i3 = (int) (rest / p.n2);
+    PYTQ_DEV encode_item(const encode_params & p, unsigned item, int d) {
+        const unsigned n_row = (unsigned) p.blocks_per_row;
+        unsigned i1 = item / n_row, i2 = 0, i3 = 0;
+        const unsigned ib = item - i1 * n_row;
+        if (p.n2 * p.n3 > 1) {
+            const unsigned rest = i1 / (unsigned) p.n1;
+            i1 -= rest * (unsigned) p.n1;
+            i3 = rest / (unsigned) p.n2, i2 = rest - i3 * (unsigned) p.n2;
+        }
         long long row = i1;
         if (p.rows) {
-            const char * at = p.rows + i1 * p.rows_nb0 + (i2 % p.ne11) * p.rows_nb1 + (i3 % p.ne12) * p.rows_nb2;
+            const char * at = p.rows + i1 * p.rows_nb0;
+            if (p.n2 * p.n3 > 1) {
+                at += i2 % (unsigned) p.ne11 * p.rows_nb1 + i3 % (unsigned) p.ne12 * p.rows_nb2;
+            }
             row = p.row_bytes == 8 ? *(const long long *) at : *(const int *) at;
         }
-        src = (const float *) (p.src + i1 * p.src_nb1 + i2 * p.src_nb2 + i3 * p.src_nb3) + (long long) ib * p.l.d;
-        dst = (uint8_t *) p.dst + row * p.dst_nb1 + i2 * p.dst_nb2 + i3 * p.dst_nb3 + (long long) ib * p.l.block_bytes;
+        src = (const float *) (p.src + i1 * p.src_nb1 + i2 * p.src_nb2 + i3 * p.src_nb3) + ib * (unsigned) d;
+        dst = (uint8_t *) p.dst + row * p.dst_nb1 + i2 * p.dst_nb2 + i3 * p.dst_nb3 + ib * (unsigned) p.l.block_bytes;
     }
 };
 
 // What the steps of one vector hand on to each other.
 struct encode_state {
-    uint8_t * dst;
     int shift; // the vector was divided by 2^shift
     int e[3];  // scale codes of the groups
     bool zero; // zero or not finite, or there is no such vector
 };
 
-// Reads one vector into shared memory, brought into range.
-PYTQ_DEV encode_state encode_load(const encode_params & p, const encode_item & item, float * x, int lane) {
-    encode_state st = {item.dst, 0, {0, 0, 0}, false};
-    const int d = p.l.d;
-    float r[8];
-    load_vector(item.src, d, p.hadamard, lane, r);
+// Reads a vector (n = 0: none) into shared memory, brought into range.
+template <int LANES>
+PYTQ_DEV encode_state encode_load(const float * src, int n, int d, float factor, float * x, int lane) {
+    constexpr int N = encode_regs<LANES>;
+    const int l = lane & (LANES - 1);
+    encode_state st = {0, {0, 0, 0}, false};
+    float r[N];
+    load_vector<LANES>(src, n, d, factor, lane, r);
     uint32_t top = 0;
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-        const uint32_t a = as_uint(r[i]) & 0x7fffffffu;
-        top = a > top ? a : top;
+    for (int k = 0; k < N; k++) {
+        const uint32_t a = as_uint(r[k]) & 0x7fffffffu;
+        top = LANES * k < d && a > top ? a : top;
     }
-    top = max32(top);
-    if (top == 0 || top > 0x7f7fffffu) {
-        st.zero = true;
-        return st;
-    }
-    if (top < 0x2b800000u || top > 0x53800000u) { // outside 2^-40 .. 2^40
+    top = max_of<LANES>(top);
+    st.zero = top == 0 || top > 0x7f7fffffu;
+    if (!st.zero && (top < 0x2b800000u || top > 0x53800000u)) { // outside 2^-40 .. 2^40
         frexpf(as_float(top), &st.shift);
     }
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-        if (32 * i + lane < d) {
-            x[32 * i + lane] = scaled(r[i], -st.shift);
+    for (int k = 0; k < N; k++) {
+        if (LANES * k + l < d) {
+            x[LANES * k + l] = r[k];
+        }
+    }
+    if (st.shift) {
+        for (int i = l; i < d; i += LANES) {
+            x[i] = ldexpf(x[i], -st.shift);
         }
     }
     warp_fence();
     return st;
 }
 
-// Scales and costs of the trellis steps, three-step rounds filled up in front.
-template <int BITS>
-PYTQ_DEV void encode_costs(const encode_params & p, char * at, const encode_parts & parts, encode_state & st,
+// Scales and costs of the trellis steps, filled up to whole rounds in front.
+template <int BITS, int LANES>
+PYTQ_DEV void encode_costs(const encode_params & p, char * at, const encode_parts & parts, encode_state & st, int d,
                            int lane) {
+    const int l = lane & (LANES - 1), pad = 3 * encode_parts::rounds(d) - d;
     const float * const x = (const float *) at;
-    const int d = p.l.d, pad = 3 * encode_parts::rounds(d) - d;
     float4 * const cost = (float4 *) (at + parts.cost) + pad;
-    uint32_t * const best = (uint32_t *) (at + parts.best);
-    if (lane < pad) {
-        cost[lane - pad] = make_float4(0.0f, 1e30f, 1e30f, 1e30f);
+    uint16_t * const best = (uint16_t *) (at + parts.best);
+    if (l < pad) {
+        cost[l - pad] = make_float4(0.0f, 1e30f, 1e30f, 1e30f);
     }
-    for (int grp = 0, begin = 0; grp < p.l.n_groups; begin = p.l.group_end[grp++]) {
-        const int n = p.l.group_end[grp] - begin;
+    const int n_groups = BITS > 0 ? 1 : p.l.n_groups;
+#pragma unroll 1
+    for (int grp = 0, begin = 0; grp < n_groups; begin = p.l.group_end[grp++]) {
+        const int n = (BITS > 0 ? d : p.l.group_end[grp]) - begin;
         float step;
         with_bits<BITS>(p.l.group_bits[grp], step_call<PYTQ_CODE_TRELLIS>{&step});
-        const float sigma = __fsqrt_rn(__fdiv_rn(sum_product(x + begin, x + begin, n, lane), (float) n));
+        const float sigma = __fsqrt_rn(__fdiv_rn(sum_product<LANES>(x + begin, x + begin, n, lane), (float) n));
         const int code = log8_encode(sigma, st.shift);
         st.e[0] = grp == 0 ? code : st.e[0], st.e[1] = grp == 1 ? code : st.e[1], st.e[2] = grp == 2 ? code : st.e[2];
-        const float f = __fmul_rn(scaled(log8_scale(code), -st.shift), step);
+        const float f = __fmul_rn(scaled(log8_scale((uint32_t) code), -st.shift), step);
         const float inv = code ? __fdiv_rn(1.0f, f) : 0.0f;
-        const float weight = p.l.n_groups == 1 ? 1.0f : __fmul_rn(f, f);
+        const float weight = __fmul_rn(f, f);
 #pragma unroll(BITS > 0 && BITS < 4 ? 4 : 1)
-        for (int i = begin + lane; i < begin + n; i += 32) {
-            float c[4];
-            with_bits<BITS>(p.l.group_bits[grp], choose_call{__fmul_rn(x[i], inv), weight, c, &best[i]});
-            cost[i] = make_float4(c[0], c[1], c[2], c[3]);
+        for (int base = 0; base < n; base += LANES) {
+            const int i = begin + base + l;
+            if (base + l < n) {
+                float c[4];
+                with_bits<BITS>(p.l.group_bits[grp], choose_call<BITS == 0>{__fmul_rn(x[i], inv), weight, c, &best[i]});
+                cost[i] = make_float4(c[0], c[1], c[2], c[3]);
+            }
         }
     }
     warp_fence();
 }
 
 // Bit planes of the path, then the scale that fits the chosen levels best.
-template <int BITS>
+template <int BITS, int LANES>
 PYTQ_DEV void encode_planes(const encode_params & p, char * at, const encode_parts & parts, const encode_state & st,
-                            uint8_t * out, int lane) {
+                            uint8_t * out, int d, int lane) {
+    constexpr int max_planes = BITS > 0 ? BITS : 5, n_sub = 32 / LANES;
+    const int l = lane & (LANES - 1), pad = 3 * encode_parts::rounds(d) - d;
+    const int n_groups = BITS > 0 ? 1 : p.l.n_groups, n_planes = BITS > 0 ? BITS : p.l.n_planes;
     const float * const x = (const float *) at;
     float * const level = (float *) (at + parts.cost);
-    const uint32_t * const best = (const uint32_t *) (at + parts.best);
+    const uint16_t * const best = (const uint16_t *) (at + parts.best);
     const uint8_t * const path = (const uint8_t *) (at + parts.path);
-    const int d = p.l.d, pad = 3 * encode_parts::rounds(d) - d;
     uint32_t prev = 0;
-#pragma unroll(BITS > 0 ? 4 : 1)
+#pragma unroll(BITS > 0 && LANES == 32 ? 4 : 1)
     for (int base = 0; base < d; base += 32) {
-        const int i = base + lane, step = i + pad;
-        const uint32_t u = ballot32(i < d && (path[step / 3] >> (2 - step % 3) & 1), lane & 32);
-        uint32_t index[2];
-        index_planes<PYTQ_CODE_TRELLIS, 1, true>(&u, prev, index);
-        prev = u;
-        const int z = (int) (2 * (index[1] >> lane & 1u) + (index[0] >> lane & 1u));
-        int k = 0;
-        if (i < d) {
-            k = (int) (best[i] >> (8 * z) & 255u);
-            const int grp = (i >= p.l.group_end[0]) + (p.l.n_groups > 1 && i >= p.l.group_end[1]);
-            with_bits<BITS>(p.l.group_bits[grp], level_call<PYTQ_CODE_TRELLIS>{k, &level[i]});
-        }
-        const int n_planes = BITS > 0 ? BITS : p.l.n_planes;
+        uint32_t plane[max_planes] = {};
 #pragma unroll
-        for (int b = 0; b < (BITS > 0 ? BITS : 5); b++) {
-            if (b < n_planes) {
-                const uint32_t w = b == 0 ? u : ballot32(k >> (b + 1) & 1, lane & 32);
-                if (lane < 4 && base + 8 * lane < p.l.plane_len[b]) {
-                    out[p.l.plane_off[b] + base / 8 + lane] = (uint8_t) (w >> (8 * lane));
+        for (int j = 0; j < n_sub; j++) {
+            const int i = base + j * LANES + l, step = i + pad;
+            plane[0] |= bits_of<LANES>(i < d && (path[step / 3] >> (2 - step % 3) & 1), lane) << (j * LANES);
+        }
+        uint32_t index[2];
+        index_planes<PYTQ_CODE_TRELLIS, 1, true>(plane, prev, index);
+        prev = plane[0];
+#pragma unroll
+        for (int j = 0; j < n_sub; j++) {
+            const int i = base + j * LANES + l, t = j * LANES + l;
+            const int z = (int) (2 * (index[1] >> t & 1u) + (index[0] >> t & 1u));
+            int k = 0;
+            if (i < d) {
+                k = best[i] >> (4 * z) & 15;
+                const int grp = BITS > 0 ? 0 : (i >= p.l.group_end[0]) + (n_groups > 1 && i >= p.l.group_end[1]);
+                with_bits<BITS>(p.l.group_bits[grp], level_call<PYTQ_CODE_TRELLIS>{4 * k + z, &level[i]});
+            }
+#pragma unroll
+            for (int b = 1; b < max_planes; b++) {
+                if (b < n_planes) {
+                    plane[b] |= bits_of<LANES>(k >> (b - 1) & 1, lane) << (j * LANES);
                 }
+            }
+        }
+#pragma unroll
+        for (int b = 0; b < max_planes; b++) { // each byte of a word by its own lane
+            const int off = BITS > 0 ? PYTQ_SCALE_LOG8 + b * (d / 8) : p.l.plane_off[b];
+            if (b < n_planes && l < 4 && base + 8 * l < (BITS > 0 ? d : p.l.plane_len[b])) {
+                out[off + base / 8 + l] = (uint8_t) (plane[b] >> (8 * l));
             }
         }
     }
     warp_fence();
 
     // With the levels fixed, the neighbouring scale may fit better.
-    for (int grp = 0, begin = 0; grp < p.l.n_groups; begin = p.l.group_end[grp++]) {
-        const int n = p.l.group_end[grp] - begin;
+#pragma unroll 1
+    for (int grp = 0, begin = 0; grp < n_groups; begin = p.l.group_end[grp++]) {
+        const int n = (BITS > 0 ? d : p.l.group_end[grp]) - begin;
         const int e0 = grp == 0 ? st.e[0] : grp == 1 ? st.e[1] : st.e[2];
         float step;
         with_bits<BITS>(p.l.group_bits[grp], step_call<PYTQ_CODE_TRELLIS>{&step});
-        const float xl = sum_product(x + begin, level + begin, n, lane);
-        const float ll = sum_product(level + begin, level + begin, n, lane);
+        const float xl = sum_product<LANES>(x + begin, level + begin, n, lane);
+        const float ll = sum_product<LANES>(level + begin, level + begin, n, lane);
+        // lane 0 tries the scale itself, lanes 1 and 2 its neighbours
+        const int cand = e0 + (l == 1 ? -1 : l == 2 ? 1 : 0);
+        const float f = __fmul_rn(scaled(log8_scale((uint32_t) cand), -st.shift), step);
+        const float err = __fmul_rn(f, __fsub_rn(__fmul_rn(f, ll), __fmul_rn(2.0f, xl)));
+        const float below = from_lane(err, (lane & ~(LANES - 1)) + 1),
+                    above = from_lane(err, (lane & ~(LANES - 1)) + 2);
         int pick = e0;
-        float pick_err = 0.0f;
-#pragma unroll
-        for (int k = 0; k < 3; k++) {
-            const int cand = e0 + (k == 1 ? -1 : k == 2 ? 1 : 0);
-            const float f = __fmul_rn(scaled(log8_scale(cand), -st.shift), step);
-            const float err = __fmul_rn(f, __fsub_rn(__fmul_rn(f, ll), __fmul_rn(2.0f, xl)));
-            if (e0 > 0 && cand >= 1 && cand <= 255 && (k == 0 || err < pick_err)) {
-                pick = cand, pick_err = err;
-            }
+        float pick_err = err;
+        if (e0 > 1 && below < pick_err) {
+            pick = e0 - 1, pick_err = below;
         }
-        if (lane == 0) {
+        if (e0 > 0 && e0 < 255 && above < pick_err) {
+            pick = e0 + 1;
+        }
+        if (l == 0) {
             out[grp] = (uint8_t) pick;
         }
     }
 }
 
-template <int BITS>
-PYTQ_DEV void encode_scalar(const encode_params & p, char * at, const encode_parts & parts, const encode_state & st,
-                            uint8_t * out, int lane) {
+template <int BITS, int LANES>
+PYTQ_DEV void encode_scalar(char * at, const encode_parts & parts, const encode_state & st, uint8_t * out, int d,
+                            int lane) {
     using B = book<PYTQ_CODE_SCALAR, BITS>;
+    constexpr int n_sub = 32 / LANES;
+    const int l = lane & (LANES - 1);
     const float * const x = (const float *) at;
-    float * const levels = (float *) (at + parts.cost);
-    const int d = p.l.d;
-    const float ss = sum_product(x, x, d, lane);
+    float * const level = (float *) (at + parts.cost);
+    const float ss = sum_product<LANES>(x, x, d, lane);
     const float sigma = __fsqrt_rn(__fdiv_rn(ss, (float) d));
     const float inv = __fdiv_rn(1.0f, __fmul_rn(sigma, B::step()));
-#pragma unroll 4
+#pragma unroll(LANES == 32 ? 4 : 1)
     for (int base = 0; base < d; base += 32) {
-        const int i = base + lane;
-        int k = 0;
-        float level = (float) B::level(0);
-        if (i < d) {
-            const float y = __fmul_rn(x[i], inv);
+        uint32_t plane[BITS] = {};
 #pragma unroll
-            for (int n = 0; n + 1 < B::n_levels; n++) {
-                const bool up = y > 0.5f * (float) (B::level(n) + B::level(n + 1));
-                k = up ? n + 1 : k;
-                level = up ? (float) B::level(n + 1) : level;
+        for (int j = 0; j < n_sub; j++) {
+            const int i = base + j * LANES + l;
+            uint32_t word = tagged_level<PYTQ_CODE_SCALAR, BITS>(0);
+            if (i < d) {
+                const float y = __fmul_rn(x[i], inv);
+#pragma unroll
+                for (int n = 0; n + 1 < B::n_levels; n++) {
+                    const bool up = y > 0.5f * (float) (B::level(n) + B::level(n + 1));
+                    word = up ? tagged_level<PYTQ_CODE_SCALAR, BITS>(n + 1) : word;
+                }
+                level[i] = as_float(word & 0xffff0000u);
             }
-            levels[i] = level;
+#pragma unroll
+            for (int b = 0; b < BITS; b++) {
+                plane[b] |= bits_of<LANES>(word >> b & 1, lane) << (j * LANES);
+            }
         }
 #pragma unroll
         for (int b = 0; b < BITS; b++) {
-            const uint32_t w = ballot32(k >> b & 1, lane & 32);
-            if (lane < 4 && base + 8 * lane < d) {
-                out[p.l.plane_off[b] + base / 8 + lane] = (uint8_t) (w >> (8 * lane));
+            if (l < 4 && base + 8 * l < d) {
+                out[PYTQ_SCALE_FP16 + b * (d / 8) + base / 8 + l] = (uint8_t) (plane[b] >> (8 * l));
             }
         }
     }
     warp_fence();
-    const float ll = sum_product(levels, levels, d, lane);
+    const float ll = sum_product<LANES>(level, level, d, lane);
     const float s = scaled(__fdiv_rn(__fsqrt_rn(__fdiv_rn(ss, ll)), B::step()), st.shift);
-    if (lane == 0) {
+    if (l == 0) {
         const uint32_t h = !(s < 65504.0f) ? 0x7bffu : __half_as_ushort(__float2half_rn(s));
         out[0] = (uint8_t) h, out[1] = (uint8_t) (h >> 8);
     }
 }
 
-// Blocks of one warp for the trellis code, of up to four for the scalar code. BITS: bits of the only group, or 0 for a
-// type with several groups.
-template <int CODE, int BITS, int LANES>
-__global__ void __launch_bounds__(128) encode(const PYTQ_GRID_CONSTANT encode_job job) {
-    constexpr int n_vec = 32 / LANES;
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, n_warps = blockDim.x >> 5, block = (int) blockIdx.x;
-    wait_for_inputs();
+// Blocks of one warp. BITS: bits of the only group, or 0 for a type with several groups. D: the head size, or 0 for
+// any.
+template <int CODE, int BITS, int LANES, int D>
+__global__ void __launch_bounds__(32) encode(const PYTQ_GRID_CONSTANT encode_job job) {
+    const int lane = threadIdx.x, l = lane & (LANES - 1), block = (int) blockIdx.x;
+    const int slot = lane / LANES; // this vector within the block
+    constexpr int per_block = 32 / LANES;
+    grid_trigger();
     if (block >= job.second_end) {
         const rotate_params & q = job.rotate;
-        for (int v = 0; v < n_vec; v++) {
-            const long long item = ((long long) (block - job.second_end) * n_warps + warp) * n_vec + v;
-            if (item < q.n) {
-                float r[8];
-                load_vector(q.src + item * q.d, q.d, q.factor, lane, r);
+        const int d = D ? D : q.d, item = (block - job.second_end) * per_block + slot;
+        const float * const src = q.src + (long long) item * d;
+        float * const dst = q.dst + (long long) item * d;
+        float r[encode_regs<LANES>];
+        grid_wait();
+        load_vector<LANES>(src, item < q.n ? d : 0, d, q.factor, lane, r);
 #pragma unroll
-                for (int i = 0; i < 8; i++) {
-                    if (32 * i + lane < q.d) {
-                        q.dst[item * q.d + 32 * i + lane] = r[i];
-                    }
-                }
+        for (int k = 0; k < encode_regs<LANES>; k++) {
+            if (LANES * k + l < d && item < q.n) {
+                dst[LANES * k + l] = r[k];
             }
         }
         return;
     }
     const int which = block >= job.first_end;
     const encode_params & p = job.p[which];
-    const encode_parts parts(p.l.d, CODE == PYTQ_CODE_TRELLIS && LANES == 32);
-    char * const smem = encode_smem + warp * n_vec * parts.bytes;
-    const long long first = ((long long) (block - which * job.first_end) * n_warps + warp) * n_vec;
-    const long long n_items = (long long) p.blocks_per_row * p.n1 * p.n2 * p.n3;
+    const int d = D ? D : p.l.d;
+    const encode_parts parts(d, LANES);
+    char * const at = encode_smem + slot * parts.bytes;
+    const int item = (block - which * job.first_end) * per_block + slot;
+    const bool exists = item < p.blocks_per_row * p.n1 * p.n2 * p.n3;
+    grid_wait();
 
-    encode_state st;
-#pragma unroll 1
-    for (int v = 0; v < n_vec; v++) {
-        char * const at = smem + v * parts.bytes;
-        st.zero = true;
-        if (first + v < n_items) {
-            st = encode_load(p, encode_item(p, first + v), (float *) at, lane);
-            if (st.zero) {
-                for (int i = lane; i < p.l.block_bytes; i += 32) {
-                    st.dst[i] = 0;
-                }
-            } else if constexpr (CODE == PYTQ_CODE_TRELLIS) {
-                encode_costs<BITS>(p, at, parts, st, lane);
-            }
-        }
-        if (n_vec > 1 && lane == 0) {
-            *(encode_state *) (at + parts.state) = st;
-        }
-    }
-    if constexpr (CODE == PYTQ_CODE_TRELLIS) {
-        if (n_vec > 1 || !st.zero) {
-            warp_fence();
-            viterbi<LANES>(smem + (n_vec > 1 ? (lane >> 3) * parts.bytes : 0), parts, p.l.d, lane);
-        }
-    }
-#pragma unroll 1
-    for (int v = 0; v < n_vec; v++) {
-        char * const at = smem + v * parts.bytes;
-        if (n_vec > 1) {
-            st = *(const encode_state *) (at + parts.state);
-        }
-        if (st.zero) {
-            continue;
-        }
-        uint8_t * const out = (uint8_t *) (at + parts.metric);
+    const encode_item v(p, exists ? (unsigned) item : 0u, d);
+    encode_state st = encode_load<LANES>(v.src, exists ? d : 0, d, p.hadamard, (float *) at, lane);
+    uint8_t * const out = (uint8_t *) (at + parts.metric);
+    if (ballot32(!st.zero, lane & 32)) { // the same for the whole warp, so that the steps below can exchange values
         if constexpr (CODE == PYTQ_CODE_TRELLIS) {
-            encode_planes<BITS>(p, at, parts, st, out, lane);
+            encode_costs<BITS, LANES>(p, at, parts, st, d, lane);
+            viterbi<LANES>(at, parts, d, lane);
+            encode_planes<BITS, LANES>(p, at, parts, st, out, d, lane);
         } else {
-            encode_scalar<BITS>(p, at, parts, st, out, lane);
+            encode_scalar<BITS, LANES>(at, parts, st, out, d, lane);
         }
         warp_fence();
-        for (int i = lane; i < p.l.block_bytes; i += 32) {
-            st.dst[i] = out[i];
-        }
+    }
+    for (int i = l; i < p.l.block_bytes && exists; i += LANES) {
+        v.dst[i] = st.zero ? (uint8_t) 0 : out[i];
     }
 }
 
@@ -719,45 +809,54 @@ constexpr long long encode_wide_from = 1024; // more vectors than this take the 
 using encode_kernel = void (*)(encode_job);
 
 // Kernel of a layout, null where there is none.
-template <int LANES> inline encode_kernel encode_kernel_of(const layout & l) {
+template <int LANES, int D> inline encode_kernel encode_kernel_of(const layout & l) {
     constexpr int S = PYTQ_CODE_SCALAR, T = PYTQ_CODE_TRELLIS;
     const int bits = l.n_groups > 1 ? 0 : l.group_bits[0];
     if (l.code == S) {
-        return bits == 2 ? encode<S, 2, 32> : bits == 3 ? encode<S, 3, 32> : bits == 4 ? encode<S, 4, 32> : nullptr;
+        return bits == 2   ? encode<S, 2, LANES, D>
+               : bits == 3 ? encode<S, 3, LANES, D>
+               : bits == 4 ? encode<S, 4, LANES, D>
+                           : nullptr;
     }
     switch (bits) {
         case 0:
-            return encode<T, 0, LANES>;
+            return encode<T, 0, LANES, 0>;
         case 2:
-            return encode<T, 2, LANES>;
+            return encode<T, 2, LANES, D>;
         case 3:
-            return encode<T, 3, LANES>;
+            return encode<T, 3, LANES, D>;
         case 4:
-            return encode<T, 4, LANES>;
+            return encode<T, 4, LANES, D>;
         case 5:
-            return encode<T, 5, LANES>;
+            return encode<T, 5, LANES, 0>;
         default:
             return nullptr;
     }
 }
 
-// Grid of a job: vectors of both sets and of the rotation, which job.p and job.rotate describe already.
+// Grid of a job: vectors of both sets and of the rotation, which job.p and job.rotate describe already. The second set
+// must be of a type that takes the same kernel (encode_same_kernel).
 struct encode_launch {
     encode_kernel kernel;
     int blocks, threads, shared_bytes;
     // wide: the shape for throughput
     encode_launch(encode_job & job, long long n_first, long long n_second, bool wide) {
         const layout & l = job.p[0].l;
-        const bool trellis = l.code == PYTQ_CODE_TRELLIS;
-        kernel = wide ? encode_kernel_of<8>(l) : encode_kernel_of<32>(l);
-        const int lanes = trellis && wide ? 8 : 32, warps = !trellis && wide ? 4 : 1, per_block = warps * (32 / lanes);
+        const bool d128 = l.d == 128 && (!n_second || job.p[1].l.d == 128) && (!job.rotate.n || job.rotate.d == 128);
+        kernel = wide ? (d128 ? encode_kernel_of<8, 128>(l) : encode_kernel_of<8, 0>(l))
+                      : (d128 ? encode_kernel_of<32, 128>(l) : encode_kernel_of<32, 0>(l));
+        const int lanes = wide ? 8 : 32, per_block = 32 / lanes;
         job.first_end = (int) ((n_first + per_block - 1) / per_block);
         job.second_end = job.first_end + (int) ((n_second + per_block - 1) / per_block);
         blocks = job.second_end + (job.rotate.n + per_block - 1) / per_block;
-        threads = 32 * warps;
-        const int d = n_second && job.p[1].l.d > l.d ? job.p[1].l.d : l.d;
-        shared_bytes = per_block * encode_parts(d, trellis && !wide).bytes;
+        threads = 32;
+        shared_bytes = per_block * encode_parts(n_second && job.p[1].l.d > l.d ? job.p[1].l.d : l.d, lanes).bytes;
     }
 };
+
+inline bool encode_same_kernel(const layout & a, const layout & b) {
+    return a.code == b.code && (a.n_groups > 1) == (b.n_groups > 1) &&
+           (a.n_groups > 1 || a.group_bits[0] == b.group_bits[0]);
+}
 
 } // namespace pytq
