@@ -250,6 +250,20 @@ def spend(reports: Sequence[LayerReport], budget: float, n_layer: int) -> tuple[
     return k, v, used / total
 
 
+def window_start(index: int, count: int, n_train: int) -> int:
+    """Position of the first token of a calibration window.
+
+    RoPE turns the slow bands of a key with its position, so a transform computed on the first positions alone fails on later ones (at
+    8192 tokens it was worse than none). Every other window begins at 0; the rest are spread geometrically up to the training context.
+    """
+    last = n_train - WINDOW
+    if index % 2 == 0 or last < WINDOW:
+        return 0
+    spread = count // 2  # windows that do not begin at 0
+    share = (index // 2) / (spread - 1) if spread > 1 else 1.0
+    return int(WINDOW * (last / WINDOW) ** share)
+
+
 @dataclass
 class Calibration:
     profile: Profile
@@ -328,7 +342,9 @@ def calibrate(
         if on_progress is not None:
             on_progress(index + 1, count)
 
-    info = run_windows(model, lib, windows, on_attention, on_window=on_window, threads=threads, quiet=quiet)
+    info = run_windows(
+        model, lib, windows, on_attention, on_window=on_window, first_position=window_start, threads=threads, quiet=quiet
+    )
     profile = Profile(
         fingerprint(layout),
         str(layout.get("general.name", model.stem)),

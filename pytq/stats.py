@@ -415,6 +415,7 @@ def run_windows(
     on_attention: Callable[[Attention], None],
     *,
     on_window: Callable[[Collector, int, int], None] | None = None,
+    first_position: Callable[[int, int, int], int] = lambda index, count, n_train: 0,
     threads: int | None = None,
     quiet: bool = True,
 ) -> dict[str, Any]:
@@ -422,6 +423,7 @@ def run_windows(
 
     Args:
         windows: gets (tokenizer, the model's training context) and returns the windows, lists of token ids.
+        first_position: position of a window's first token, from (index, number of windows, the model's training context).
         on_window: called after each window with (collector, index, number of windows).
     Returns:
         facts about the model: n_ctx_train, n_layer, n_embd, vocabulary size, tokens evaluated.
@@ -483,9 +485,15 @@ def run_windows(
         total = 0
         for i, tokens in enumerate(wins):
             low.llama_memory_clear(memory, True)
-            arr = (low.llama_token * len(tokens))(*tokens)
-            batch = low.llama_batch_get_one(arr, len(tokens))
+            batch = low.llama_batch_init(len(tokens), 0, 1)
+            start = first_position(i, len(wins), n_train)
+            batch.n_tokens = len(tokens)
+            for j, token in enumerate(tokens):
+                batch.token[j], batch.pos[j] = token, start + j
+                batch.n_seq_id[j], batch.seq_id[j][0] = 1, 0
+                batch.logits[j] = j + 1 == len(tokens)
             status = low.llama_decode(ctx, batch)
+            low.llama_batch_free(batch)
             collector.check()
             if status != 0:
                 raise PytqError(f"llama.cpp failed to evaluate the calibration text (status {status})")

@@ -263,6 +263,15 @@ def test_constant_keys_are_seen(tmp_path: Path) -> None:
     assert cal.constant_key_warning(biased_model(tmp_path / "b.gguf", 0.5)) is None
 
 
+def test_windows_cover_the_training_context() -> None:
+    """Half of them at 0, the others from one window's length up to the last that fits; short models stay at 0."""
+    starts = [cal.window_start(i, 6, 8192) for i in range(6)]
+    assert starts[::2] == [0, 0, 0]
+    assert starts[1] == cal.WINDOW and starts[5] == 8192 - cal.WINDOW and starts[1] < starts[3] < starts[5]
+    assert [cal.window_start(i, 4, 2048) for i in range(4)] == [0, 0, 0, 0]
+    assert cal.window_start(1, 2, 32768) == 32768 - cal.WINDOW
+
+
 def test_default_text_is_long_and_always_the_same() -> None:
     text = cal.calibration_text()
     assert text == cal.calibration_text()
