@@ -175,3 +175,10 @@ def translate(text: str, keep: Collection[str] | None = None) -> str:
     text = re.sub(r"(?<![\w.])(\d+\.\d*|\.\d+)(e[-+]?\d+)?h\b", r"half(\1\2f)", text)
     text = re.sub(r"\[\[\s*max_total_threads_per_threadgroup\([^)]*\)\s*\]\]", "", text)
     return text + "\n" + "\n".join(registered) + "\n"
+
+
+def for_address_spaces(text: str) -> str:
+    """The source for clang's C++ for OpenCL (``shim/address_spaces.h``): attributes go, function constants get a value."""
+    text = without_comments(text).replace("#include <metal_stdlib>", "")
+    text = re.sub(r"(\bconstant\s+\w+\s+\w+)\s*\[\[function_constant\([^\]]*\)\]\]\s*;", r"\1 = 1;", text)
+    return re.sub(r"\[\[[^\]]*\]\]", "", text)

@@ -1,12 +1,13 @@
 """What the shim cannot see: rules of the Metal shading language, checked on the very text that a device compiles.
 
-With a clang at hand, address spaces are also checked by a compiler (test_address_spaces).
+With a clang at hand, address spaces are also checked by a compiler: its C++ for OpenCL has the same ones.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import metal_device as device
@@ -108,6 +109,58 @@ def test_style(text: str) -> None:
 )
 def test_style_notices(source: str, message: str) -> None:
     assert any(message in error for error in style_errors(source)), style_errors(source)
+
+
+def clang() -> str | None:
+    """A clang++ of this machine, or the one that tools/fetch_hip.py unpacks."""
+    from pytq import paths
+
+    fetched = paths.home() / "toolchains" / "hip" / "bin" / "clang++"
+    names = ("clang++", *(f"clang++-{n}" for n in range(21, 14, -1)), str(fetched))
+    return next((found for name in names if (found := shutil.which(name))), None)
+
+
+def compile_address_spaces(text: str, directory: Path) -> str:
+    """Messages of clang in its C++ for OpenCL mode; empty if every pointer goes where its memory is."""
+    program = clang()
+    if program is None:
+        pytest.skip("no clang++: address spaces are checked by the style rules only")
+    source = directory / "pytq.clcpp"
+    source.write_text(translate.for_address_spaces(text))
+    command = [
+        program,
+        "-x",
+        "clcpp",
+        "-cl-std=clc++2021",
+        "-cl-no-stdinc",
+        "-fsyntax-only",
+        "-Wno-unknown-pragmas",
+    ]
+    command += ["-include", str(shim.HERE / "shim" / "address_spaces.h"), str(source)]
+    return subprocess.run(command, capture_output=True, text=True).stderr
+
+
+def test_address_spaces(text: str, tmp_path: Path) -> None:
+    assert compile_address_spaces(text, tmp_path) == ""
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("layout l, threadgroup const float * tab,", "layout l, device const float * tab,"),
+        ("thread float4 & lo", "device float4 & lo"),
+        ("threadgroup half4 * to = (threadgroup half4 *)", "device half4 * to = (threadgroup half4 *)"),
+        ("device float * out;", "threadgroup float * out;"),
+        (
+            "constant pytq_metal_attention_args & args, int row,",
+            "device pytq_metal_attention_args & args, int row,",
+        ),
+    ],
+)
+def test_address_spaces_notices(text: str, tmp_path: Path, right: str, wrong: str) -> None:
+    assert right in text
+    errors = compile_address_spaces(text.replace(right, wrong), tmp_path)
+    assert "error" in errors and re.search(r"address space|__global|__local", errors)
 
 
 def test_kernels_are_those_that_the_dispatching_code_names(text: str) -> None:
