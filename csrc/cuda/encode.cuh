@@ -296,6 +296,34 @@ template <int LANES> PYTQ_DEV void load_vector(const float * src, int n, int d, 
     }
 }
 
+// Reads of shared memory (byte offsets) that the compiler keeps in this order: the ones that everything waits for
+// first.
+PYTQ_DEV float4 ordered_float4(int at) {
+#if defined(PYTQ_PTX)
+    float4 v;
+    asm volatile("ld.volatile.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"((uint32_t) __cvta_generic_to_shared(encode_smem) + (uint32_t) at)
+                 : "memory");
+    return v;
+#else
+    return *(const float4 *) (encode_smem + at);
+#endif
+}
+
+PYTQ_DEV uint32_t ordered_word(int at) {
+#if defined(PYTQ_PTX)
+    uint32_t v;
+    asm volatile("ld.volatile.shared.u32 %0, [%1];"
+                 : "=r"(v)
+                 : "r"((uint32_t) __cvta_generic_to_shared(encode_smem) + (uint32_t) at)
+                 : "memory");
+    return v;
+#else
+    return *(const uint32_t *) (encode_smem + at);
+#endif
+}
+
 // Path metrics of eight states, costs of three steps and the survivors' triples, as one lane sees them. The costs of a
 // step lie as [z0][z1] in shared memory.
 template <int LANES> struct trellis_round {
@@ -425,9 +453,9 @@ template <int LANES> PYTQ_DEV void viterbi(char * at, const encode_parts & parts
     // Survivors of round q, one round late so that nothing waits for them. The first round of a segment reads something
     // and drops it; round -1 does nothing of use.
     const auto follow = [&](int q) {
-        const uint32_t * const old = survivor + 64 * q + s;
+        const int old = base + parts.survivor + 256 * q + 4 * s;
         const uint32_t keep = in_segment ? 0xffffffffu : 0u;
-        const uint32_t h0 = old[8 * triple[0]] & keep, h1 = old[8 * triple[1]] & keep;
+        const uint32_t h0 = ordered_word(old + 32 * triple[0]) & keep, h1 = ordered_word(old + 32 * triple[1]) & keep;
         in_segment = in_segment == encode_segment - 1 ? 0 : in_segment + 1;
         *(uint2 *) (survivor + 64 * (q + 1) + 2 * lane) =
             make_uint2(h0 << 3 | (uint32_t) triple[0], h1 << 3 | (uint32_t) triple[1]);
@@ -435,8 +463,7 @@ template <int LANES> PYTQ_DEV void viterbi(char * at, const encode_parts & parts
 #pragma unroll 1
     for (int r = 0; r < n_rounds; r++) {
         warp_fence();
-        const float4 lo = *(const float4 *) (encode_smem + from + 48 * s);
-        const float4 hi = *(const float4 *) (encode_smem + from + 48 * s + 16);
+        const float4 lo = ordered_float4(from + 48 * s), hi = ordered_float4(from + 48 * s + 16);
         const float m[8] = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w};
         if constexpr (fixed) {
             follow(r - 1);
