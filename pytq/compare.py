@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import pytq.codec
+from pytq import ffi
 from pytq.codec import Codec
 from pytq.codec.api import BLOCK, GGML, PAPER
 from pytq.errors import PytqError
@@ -267,6 +268,7 @@ def compare(
         "repeats": repeat,
         "device": cpu_name(),
         "backend": "c",
+        "tier": ffi.ffi().string(ffi.lib().pytq_cpu_tier()).decode(),
         "objective": "decode: least squared error; inner: unbiased where the method has such an estimator",
     }
     return {"conditions": conditions, "rows": results}
@@ -310,6 +312,16 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return head, lines
 
 
+def _timing(conditions: dict[str, Any]) -> str:
+    if not conditions["threads"]:
+        return ""
+    threads = " and ".join(map(str, conditions["threads"]))
+    return (
+        f" ({conditions['tier']}); times: microseconds per vector, fastest of {conditions['repeats']} calls with"
+        f" {conditions['timed_vectors']} vectors, {threads} threads"
+    )
+
+
 def _pm(mean: float, sd: float) -> str:
     digits = max(0, 3 - math.floor(math.log10(mean))) if mean > 0 else 4
     return f"{mean:.{digits}f} ± {sd:.{digits}f}"
@@ -321,7 +333,7 @@ def markdown(result: dict[str, Any]) -> str:
     c = result["conditions"]
     text = [
         f"{c['data']} vectors, d = {c['dim']}, rotation {c['rotation']}, {c['vectors']} vectors and {c['queries']} queries "
-        f"per seed, {c['seeds']} seeds (± standard deviation between seeds), {c['device']}.",
+        f"per seed, {c['seeds']} seeds (± standard deviation between seeds), {c['device']}{_timing(c)}.",
         "",
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),

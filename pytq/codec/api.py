@@ -17,7 +17,7 @@ from pytq.codec.scalars import F32, U8, dot16, exponent_of, get_scalar, halves, 
 from pytq.errors import PytqError
 
 PAPER = {"turboquant_mse": 0, "turboquant_prod": 1, "qjl": 2, "polarquant": 3, "rabitq": 4}
-BLOCK = ("turbo2", "turbo3", "turbo4", "kv2", "kv3", "kv4", "kv2s", "kv3s", "kv4s")
+BLOCK = tuple(dict.fromkeys(row.family for row in table.load_types()))
 # ggml name -> values per block, bytes per block (ggml-common.h)
 GGML = {
     "q4_0": (32, 18),
