@@ -80,14 +80,13 @@ def test_configure(
         build.build("patched", "hip", defines=["GPU_TARGETS=gfx1100;gfx90a"])
     (work,) = (home / "work").glob("hip-*")
     ninja = (work / "build" / "build.ninja").read_text()
-    for source in hip_objects.sources():
-        rule = re.search(
-            rf"^build \S*/ggml-hip\.dir/\S*{re.escape(source.name)}\.o: HIP_COMPILER\S* [\s\S]*?\n\n",
-            ninja,
-            re.MULTILINE,
-        )
-        assert rule, f"{source.name} is not compiled as HIP code of ggml-hip"
+    for name in [*(source.name for source in hip_objects.sources()), "ggml-cuda.cu"]:
+        pattern = rf"^build \S*/ggml-hip\.dir/\S*/{re.escape(name)}\.o: HIP_COMPILER\S* [\s\S]*?\n\n"
+        rule = re.search(pattern, ninja, re.MULTILINE)
+        assert rule, f"{name} is not compiled as HIP code of ggml-hip"
         assert "GGML_USE_HIP" in rule[0] and f"-I{paths.source_root() / 'csrc'}" in rule[0]
         assert "--offload-arch=gfx1100" in rule[0] and "--offload-arch=gfx90a" in rule[0]
+    # upstream's other files are compiled as in a stock build, so their objects are shared
+    assert not re.search(rf"ggml-cuda/argmax\.cu\.o: [^:]*-I{re.escape(str(paths.source_root()))}", ninja)
     # NVIDIA's tensor-core kernels stay out
     assert not re.search(r"ggml-hip\.dir/\S*pytq-cuda-(decode|slice)", ninja)
