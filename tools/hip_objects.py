@@ -67,7 +67,13 @@ def command(source: Path, llama: Path, *options: str) -> list[str]:
     words += ["-DGGML_USE_HIP", "-D__HIP_PLATFORM_AMD__", "-Wno-pass-failed", "-Wno-cuda-compat"]
     words += ["-isystem", str(root / "usr" / "include")]
     ggml = llama / "ggml"
-    for directory in (ggml / "include", ggml / "src", ggml / "src" / "ggml-cuda", ROOT / "csrc", ROOT / "csrc" / "ggml"):
+    for directory in (
+        ggml / "include",
+        ggml / "src",
+        ggml / "src" / "ggml-cuda",
+        ROOT / "csrc",
+        ROOT / "csrc" / "ggml",
+    ):
         words += ["-I", str(directory)]
     return [*words, str(source)]
 
@@ -84,7 +90,14 @@ def run(words: list[str]) -> str:
 
 def compile_object(source: Path, gpu: str, llama: Path, target: Path) -> list[Kernel]:
     """Compiles one file for one GPU and reads its kernels' resources. RuntimeError: the compiler refuses it."""
-    options = ["--cuda-device-only", "--no-gpu-bundle-output", f"--offload-arch={gpu}", "-o", str(target), "-c"]
+    options = [
+        "--cuda-device-only",
+        "--no-gpu-bundle-output",
+        f"--offload-arch={gpu}",
+        "-o",
+        str(target),
+        "-c",
+    ]
     run(command(source, llama, *options))
     return read_object(target, gpu)
 
@@ -97,7 +110,9 @@ def check_host(source: Path, llama: Path) -> None:
 def read_object(code_object: Path, gpu: str) -> list[Kernel]:
     """Kernels of a code object, from its notes."""
     readelf = fetch_hip.location() / "bin" / "llvm-readelf"
-    text = subprocess.run([readelf, "--notes", code_object], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        [readelf, "--notes", code_object], capture_output=True, text=True, check=True
+    ).stdout
     kernels = []
     # the arguments of a kernel have names, too, but deeper in the tree
     for part in re.split(r"^  - \.agpr_count|^  - \.args", text, flags=re.MULTILINE)[1:]:
@@ -152,7 +167,9 @@ def load_table() -> dict[tuple[str, str], Kernel]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--gpus", default=",".join(GPUS))
     parser.add_argument("source", type=Path)
