@@ -213,7 +213,7 @@ def reference(setup: Setup, stock: BuildDir, on_chunk: Callable[[int], None] | N
             setup, stock, ["-ctk", "f16", "-ctv", "f16", "--kl-divergence-base", str(temporary)], on_chunk
         )
         if not temporary.exists() or temporary.stat().st_size < 32:
-            raise PytqError("llama-perplexity wrote no reference logits")
+            raise PytqError(f"the text is too short: llama-perplexity wants two chunks of {setup.ctx} tokens")
         made = int.from_bytes(
             temporary.read_bytes()[16:20] if temporary.stat().st_size < 64 else _head(temporary)[16:20],
             "little",

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from pytq.bench.shapes import Shape, small_vocab, write_model
 from pytq.cli import main
 from pytq.errors import PytqError
 from pytq.model import gguf_check
@@ -198,3 +199,101 @@ def test_a_damaged_default_model_is_made_again(tmp_path: Path, monkeypatch: pyte
     assert path.read_bytes() == b"GGUF good" and model.default_model() == path and len(calls) == 1
     path.write_bytes(b"GGUF bad!")
     assert model.default_model().read_bytes() == b"GGUF good" and len(calls) == 2
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A model that loads: whatever is refused below is refused for its own reason."""
+    path = tmp_path / "small.gguf"
+    write_model(Shape(2, 256, 4, 2, 64, 256, 8192), "small", small_vocab(tmp_path / "v.gguf"), path)
+    return path
+
+
+TEXTS = {
+    "empty.txt": (b"", "holds no text"),
+    "blank.txt": (b" \n\t\n", "holds no text"),
+    "latin.txt": ("Stra\u00dfe".encode("latin-1") * 300, "is not UTF-8 text (byte 4)"),
+    "missing.txt": (None, "cannot read"),
+}
+
+
+@pytest.mark.parametrize("command", ["calibrate", "eval"])
+@pytest.mark.parametrize("name", TEXTS)
+def test_texts_that_are_none(command: str, name: str, small: Path) -> None:
+    content, message = TEXTS[name]
+    text = small.with_name(name)
+    if content is not None:
+        text.write_bytes(content)
+    before = sorted(small.parent.iterdir())
+    assert message in refused([command, str(small), "--text", str(text)])
+    assert sorted(small.parent.iterdir()) == before
+
+
+def test_an_empty_prompt(small: Path) -> None:
+    assert "holds no text" in refused(["run", str(small), "-p", " "])
+
+
+READERS = (
+    ["run", "MODEL", "-p", "x"],
+    ["chat", "MODEL"],
+    ["serve", "MODEL"],
+    ["estimate", "MODEL"],
+    ["calibrate", "MODEL"],
+    ["eval", "MODEL"],
+    ["bench", "MODEL"],
+    ["gguf", "inspect", "MODEL"],
+    ["gguf", "validate", "MODEL"],
+    ["gguf", "set-cache", "MODEL", "-ctk", "kv4", "-o", "OUT"],
+)
+
+
+@pytest.mark.parametrize("arguments", READERS, ids=lambda a: "-".join(a[:2]).replace("-MODEL", ""))
+@pytest.mark.parametrize("damage", ["half", "header", "bytes", "text", "missing", "directory"])
+def test_every_command_refuses_damaged_models(arguments: list[str], damage: str, small: Path) -> None:
+    data = small.read_bytes()
+    bad = small.with_name("bad.gguf")
+    if damage == "directory":
+        bad.mkdir()
+    elif damage != "missing":
+        contents = {
+            "half": data[: len(data) // 2],
+            "header": data[:300],
+            "bytes": data[:40] + b"\xff\xff" + data[42:],
+            "text": b"only words",
+        }
+        bad.write_bytes(contents[damage])
+    before = sorted(small.parent.iterdir())
+    target = str(small.with_name("out.gguf"))
+    line = refused([{"MODEL": str(bad), "OUT": target}.get(a, a) for a in arguments])
+    assert "bad.gguf" in line
+    assert sorted(small.parent.iterdir()) == before
+
+
+LIMITS = (
+    (["run", "-p", "x", "-c", "9000"], "beyond this model's limit of 8192"),
+    (["chat", "-c", "9000"], "beyond this model's limit of 8192"),
+    (["serve", "-c", "9000"], "beyond this model's limit of 8192"),
+    (["estimate", "-c", "9000"], "beyond this model's limit of 8192"),
+    (["bench", "--depths", "9000"], "8192"),
+    (["run", "-p", "x", "-c", "-1"], "-1"),
+    (["chat", "-c", "0"], "context must be a positive number"),
+    (["eval", "--ctx", "-1"], "-1"),
+    (["bench", "--repeat", "0"], "0"),
+    (["calibrate", "--tokens", "-4"], "-4"),
+    (["estimate", "--budget", "1k"], "smaller than the weights"),
+    (["chat", "-ctk", "auto"], "needs a kv profile"),
+    (["eval", "--types", "auto3"], "needs a kv profile"),
+    (["serve", "-ctv", "kv9"], "unknown cache type 'kv9'"),
+)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), LIMITS, ids=lambda a: "_".join(a) if isinstance(a, list) else ""
+)
+def test_limits_of_every_command(arguments: list[str], message: str, small: Path) -> None:
+    assert message in refused([arguments[0], str(small), *arguments[1:]])
+
+
+def test_unknown_shape(tmp_path: Path) -> None:
+    line = refused(["bench", "--shape", "llama-9000b"])
+    assert "llama-9000b" in line and "llama-8b" in line

@@ -85,6 +85,7 @@ def command(
     from pytq.paths import find_build
     from pytq.profile import default_path, write_profile
     from pytq.progress import step
+    from pytq.textfile import read_text
 
     if output is not None and embed is not None:
         raise PytqError("give either -o or --embed")
@@ -93,15 +94,7 @@ def command(
         raise PytqError(f"{model}: is a profile, not a model")
     if embed is not None and embed.resolve() == model.resolve():
         raise PytqError("--embed writes a copy: name another file than the model")
-    text = None
-    if text_file is not None:
-        try:
-            text = text_file.read_bytes()
-            text.decode("utf-8")
-        except OSError as error:
-            raise PytqError(f"cannot read {text_file}: {error.strerror or error}") from error
-        except UnicodeDecodeError as error:
-            raise PytqError(f"{text_file} is not UTF-8 text (byte {error.start})") from error
+    text = read_text(text_file) if text_file is not None else None
     target = embed or output or default_path(model)
     if not target.parent.is_dir():
         raise PytqError(f"cannot write {target}: no directory {target.parent}")

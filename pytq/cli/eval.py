@@ -45,10 +45,11 @@ def _setup(
     from pytq.gguf.layout import read_layout
     from pytq.model import gguf_check
     from pytq.profile import load_profile
+    from pytq.textfile import read_text
 
     gguf_check(model)
-    if text is not None and not text.is_file():
-        raise PytqError(f"cannot read {text}: no such file")
+    if text is not None:
+        read_text(text)
     if profile not in (None, "none"):
         load_profile(Path(str(profile)), read_layout(model))
     return evaluate.Setup(model, text or evaluate.default_text_file(), ctx, chunks, threads, profile)

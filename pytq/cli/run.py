@@ -75,6 +75,8 @@ def command(
     from pytq.model import gguf_check
 
     # all that can be refused is refused before a library is loaded
+    if not prompt.strip():
+        raise PytqError("the prompt holds no text")
     for name in (cache_type_k, cache_type_v):
         if name is not None:
             estimate.check_type(name)
