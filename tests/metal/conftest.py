@@ -55,3 +55,19 @@ def harness(objects: Path, upstream: Path) -> Path:
     import metal_device as device
 
     return device.build(objects, upstream)
+
+
+@pytest.fixture(scope="session")
+def patched_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole pinned source with the series applied."""
+    from pytq import build, fetch
+    from pytq.errors import PytqError
+
+    try:
+        archive = fetch.archive()
+    except PytqError as error:
+        pytest.skip(f"no upstream source: {error}")
+    tree = tmp_path_factory.mktemp("patched") / "src"
+    build._unpack(archive, fetch.load_pin().path, tree)
+    build.apply_series(tree)
+    return tree

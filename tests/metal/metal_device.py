@@ -170,15 +170,19 @@ class Device:
         return out
 
 
-def build(objects: Path, upstream: Path) -> Path:
-    """The harness with all kernels."""
+def generate(objects: Path) -> tuple[Path, str]:
+    """The directory with the text of the kernels as a C++ string, as CMake writes it, and the text."""
     generated = objects / "generated"
     generated.mkdir(exist_ok=True)
     text = flat_source(generated)
     (generated / "pytq-metal-source.inc").write_text(f'R"PYTQ({text})PYTQ"\n')
-    ggml = upstream / "ggml"
-    own, foreign = [generated, CSRC, CSRC / "ggml"], ["include", "src", "src/ggml-metal"]
-    host = [f"-I{d}" for d in own] + [f"-isystem{ggml / d}" for d in foreign]
+    return generated, text
+
+
+def build(objects: Path, upstream: Path) -> Path:
+    """The harness with all kernels."""
+    generated, text = generate(objects)
+    host = host_flags(generated, upstream / "ggml")
     return shim.compile_library(
         objects,
         {"pytq": (translate.translate(text), [])},
@@ -188,4 +192,34 @@ def build(objects: Path, upstream: Path) -> Path:
             (CSRC / "ref" / "types.c", ["-ffp-contract=off", f"-I{CSRC}"]),
             (CSRC / "ref" / "codec.c", ["-ffp-contract=off", f"-I{CSRC}"]),
         ],
+    )
+
+
+def host_flags(generated: Path, ggml: Path) -> list[str]:
+    """Include directories of the dispatching code; upstream's headers count as the system's."""
+    own, foreign = [generated, CSRC, CSRC / "ggml"], ["include", "src", "src/ggml-metal"]
+    return [f"-I{d}" for d in own] + [f"-isystem{ggml / d}" for d in foreign]
+
+
+def build_backend(objects: Path, tree: Path, libraries: Path) -> Path:
+    """A ggml backend: the patched C++ files of ggml-metal on the shim's device, linked to a patched build's libraries."""
+    generated, text = generate(objects)
+    host = host_flags(generated, tree / "ggml")
+    metal = tree / "ggml" / "src" / "ggml-metal"
+    # Apple's <string> brings in <memory>
+    flags = [
+        "-w",
+        "-include",
+        "memory",
+        "-DGGML_BACKEND_DL",
+        "-DGGML_BACKEND_BUILD",
+        "-DGGML_BACKEND_SHARED",
+        *host,
+    ]
+    own = [CSRC / "ggml" / "pytq-metal.cpp", shim.HERE / "backend.cpp"]
+    return shim.compile_library(
+        objects,
+        {"pytq": (translate.translate(text), [])},
+        [(p, host) for p in own] + [(p, flags) for p in sorted(metal.glob("*.cpp"))],
+        [f"-L{libraries}", "-lggml-base", f"-Wl,-rpath,{libraries}", "-Wl,-z,defs"],
     )

@@ -59,8 +59,9 @@ def compile_library(
     directory: Path,
     sources: Mapping[str, tuple[str, Sequence[str]]],
     files: Sequence[tuple[Path, Sequence[str]]] = (),
+    link: Sequence[str] = (),
 ) -> Path:
-    """A shared library of translated sources (name -> text and flags), further files and the shim.
+    """A shared library of translated sources (name -> text and flags), further files and the shim; link: linker options.
 
     Objects are named by their content, so tests of one session share them.
     """
@@ -93,10 +94,10 @@ def compile_library(
             done = subprocess.run(command, capture_output=True, text=True, cwd=directory)
             assert done.returncode == 0, done.stderr[:6000]
             assert "warning" not in done.stderr, done.stderr[:6000]
-    digest = hashlib.sha256("".join(o.name for o in objects).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(" ".join([*(o.name for o in objects), *link]).encode()).hexdigest()[:16]
     library = directory / f"libshim-{digest}.so"
     if not library.exists():
-        command = [program, "-shared", "-o", str(library), *map(str, objects)]
+        command = [program, "-shared", "-o", str(library), *map(str, objects), *link]
         subprocess.run(command, check=True, capture_output=True)
     return library
 

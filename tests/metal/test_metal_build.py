@@ -12,7 +12,7 @@ import metal_shim as shim
 import pytest
 from click.testing import CliRunner
 
-from pytq import build, fetch
+from pytq import build
 from pytq.cli import main
 from pytq.errors import PytqError
 
@@ -44,19 +44,6 @@ def test_macos_without_command_line_tools(tmp_path: Path, monkeypatch: pytest.Mo
         build.find_tools("metal")
     (tmp_path / "xcrun").symlink_to(tmp_path / "cc")
     assert build.find_tools("metal").compiler == "stub 1.0"
-
-
-@pytest.fixture(scope="module")
-def patched_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The pinned source with the series applied."""
-    try:
-        archive = fetch.archive()
-    except PytqError as error:
-        pytest.skip(f"no upstream source: {error}")
-    tree = tmp_path_factory.mktemp("patched") / "src"
-    build._unpack(archive, fetch.load_pin().path, tree)
-    build.apply_series(tree)
-    return tree
 
 
 @pytest.mark.slow
