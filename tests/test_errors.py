@@ -278,6 +278,8 @@ LIMITS = (
     (["run", "-p", "x", "-c", "-1"], "-1"),
     (["chat", "-c", "0"], "context must be a positive number"),
     (["eval", "--ctx", "-1"], "-1"),
+    (["eval", "--ctx", "9000"], "beyond this model's limit of 8192"),
+    (["calibrate", "-o", "/nowhere/x.gguf"], "cannot write /nowhere/x.gguf"),
     (["bench", "--repeat", "0"], "0"),
     (["calibrate", "--tokens", "-4"], "-4"),
     (["estimate", "--budget", "1k"], "smaller than the weights"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,8 @@ def command(
     target = embed or output or default_path(model)
     if not target.parent.is_dir():
         raise PytqError(f"cannot write {target}: no directory {target.parent}")
+    if not os.access(target.parent, os.W_OK):  # before minutes of work
+        raise PytqError(f"cannot write {target}: {target.parent} is read-only")
     try:
         lib = find_build("stock").lib
     except PytqError:

@@ -41,13 +41,14 @@ def _pairs(types: str) -> list[tuple[str, str]]:
 def _setup(
     model: Path, text: Path | None, ctx: int, chunks: int, threads: int | None, profile: str | None
 ) -> Any:
-    from pytq import evaluate
+    from pytq import estimate, evaluate
     from pytq.gguf.layout import read_layout
     from pytq.model import gguf_check
     from pytq.profile import load_profile
     from pytq.textfile import read_text
 
     gguf_check(model)
+    estimate.check_ctx(estimate.open_model(model), estimate.Plan(ctx))
     if text is not None:
         read_text(text)
     if profile not in (None, "none"):
