@@ -48,6 +48,7 @@ lint: venv
 	  test -z "$$files" || $(BIN)/clang-format --dry-run --Werror $$files
 	$(BIN)/python tools/patches.py check
 	$(BIN)/python tools/gen_help.py --check
+	$(BIN)/python tools/gen_backends.py --check
 	$(BIN)/python tools/gen_golden.py --check
 
 format: venv

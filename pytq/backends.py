@@ -58,6 +58,12 @@ CHECKS = (
         "all device code at 32 and 64 lanes per wave, on the CPU",
         "tests/hip/test_exec.py",
     ),
+    Check(
+        "metal",
+        "compiled",
+        "the patched C++ files of ggml-metal; address spaces by clang's C++ for OpenCL",
+        "tests/metal/test_metal_style.py",
+    ),
     Check("metal", "executed under a shim", "all kernels as C++, on the CPU", "tests/metal"),
 )
 
@@ -140,19 +146,6 @@ def tensor_core_pairs() -> set[tuple[str, str, int]]:
     return pairs
 
 
-def attention_kind(backend: str, k: str, v: str, dim: int, few_rows: bool) -> str:
-    """How a backend runs attention over a pair of types; ``few_rows``: decoding rather than prefill."""
-    if backend == "cpu":
-        return FUSED
-    if not any(op.name == "FLASH_ATTN_EXT" for op in operations(backend)):
-        return REFUSED
-    if backend == "hip":
-        return FUSED if dim in portable_head_dims() else REFUSED
-    if backend == "cuda":
-        return FUSED if few_rows and (k, v, dim) in tensor_core_pairs() else GENERIC
-    return next(op.kind for op in operations(backend) if op.name == "FLASH_ATTN_EXT")
-
-
 def plain_ok(name: str, dim: int) -> bool:
     """Whether a stock type has rows of this length."""
     return name != "q8_0" or dim % 32 == 0
@@ -161,6 +154,19 @@ def plain_ok(name: str, dim: int) -> bool:
 def rows() -> Iterator[Row]:
     """The parity table, one row per operation, types and head size."""
     known = {backend: {op.name: op for op in operations(backend)} for backend in BACKENDS if backend != "cpu"}
+    pairs, portable = tensor_core_pairs(), portable_head_dims()
+
+    def attention(backend: str, k: str, v: str, dim: int, few_rows: bool) -> str:
+        if backend == "cpu":
+            return FUSED
+        if "FLASH_ATTN_EXT" not in known[backend]:
+            return REFUSED
+        if backend == "hip":
+            return FUSED if dim in portable else REFUSED
+        if backend == "cuda":
+            return FUSED if few_rows and (k, v, dim) in pairs else GENERIC
+        return known[backend]["FLASH_ATTN_EXT"].kind
+
     for name in ("SET_ROWS", "GET_ROWS", "CPY", "DUP", "CONT"):
         for family in families():
             for dim in head_dims():
@@ -174,7 +180,7 @@ def rows() -> Iterator[Row]:
                 for dim in head_dims():
                     if (k in PLAIN and v in PLAIN) or not (plain_ok(k, dim) and plain_ok(v, dim)):
                         continue
-                    kinds = {backend: attention_kind(backend, k, v, dim, few) for backend in BACKENDS}
+                    kinds = {backend: attention(backend, k, v, dim, few) for backend in BACKENDS}
                     yield Row(f"FLASH_ATTN_EXT, {shape}", k, v, dim, kinds)
 
 

@@ -1,6 +1,6 @@
 // Executes the device code that HIP builds on the CPU (shim.h) and compares it with the C reference.
 //
-// usage: exec encode|values|attention < CASES
+// usage: exec encode|rotate|values|attention < CASES
 // Prints one line per case: what, the number of wrong bytes or vectors, for attention the
 // normalised mean square error and the largest relative error of an output vector.
 // The tolerances are in test_exec.py.
@@ -108,6 +108,50 @@ void run_encode() {
             }
             printf("encode %s%s %ld\n", t->name, wide ? " wide" : "", wrong);
         }
+    }
+}
+
+// The rotation that is fused into the cache write: queries against float64, and rotated keys against the reference's
+// bytes of the same rotated vectors.
+void run_rotate() {
+    for (int n_type = 0; const pytq_type_info * t = pytq_type_at(n_type); n_type++) {
+        const int d = t->head_dim, n = 5;
+        if (d & (d - 1)) {
+            continue; // Walsh matrices have a power of two rows
+        }
+        const float factor = 1.0f / sqrtf((float) d);
+        const std::vector<float> x = gaussian((size_t) n * d);
+        std::vector<float> rotated(x.size(), NAN);
+        std::vector<uint8_t> want((size_t) n * t->block_bytes), got(want.size());
+        pytq::encode_job job = {};
+        pytq::encode_params & p = job.p[0];
+        p.src = (const char *) x.data(), p.dst = (char *) got.data();
+        p.src_nb1 = 4 * d, p.src_nb2 = p.src_nb3 = p.src_nb1 * n, p.dst_nb1 = t->block_bytes,
+        p.dst_nb2 = p.dst_nb3 = p.dst_nb1 * n;
+        p.n1 = n, p.n2 = p.n3 = p.ne11 = p.ne12 = p.blocks_per_row = 1;
+        p.hadamard = factor, p.l = layout_of(t);
+        job.p[1] = p;
+        job.rotate = {x.data(), rotated.data(), n, d, factor};
+        const pytq::encode_launch how(job, n, 0, false);
+        shim::launch(how.kernel, dim3(how.blocks), dim3(how.threads), pytq::encode_smem, sizeof pytq::encode_smem,
+                     how.shared_bytes, job);
+        double err = 0.0, norm = 0.0;
+        for (int v = 0; v < n; v++) {
+            for (int i = 0; i < d; i++) {
+                double sum = 0.0;
+                for (int j = 0; j < d; j++) {
+                    sum += __builtin_parity(i & j) ? -x[(size_t) v * d + j] : x[(size_t) v * d + j];
+                }
+                const double e = rotated[(size_t) v * d + i] - sum / sqrt((double) d);
+                err += e * e, norm += sum * sum / d;
+            }
+        }
+        pytq_quantize_ref(t, rotated.data(), want.data(), (int64_t) n * d);
+        long wrong = 0;
+        for (size_t i = 0; i < want.size(); i++) {
+            wrong += want[i] != got[i];
+        }
+        printf("rotate %s %.3g %ld\n", t->name, err / norm, wrong);
     }
 }
 
@@ -376,6 +420,8 @@ int main(int argc, char ** argv) {
     const std::string what = argc > 1 ? argv[1] : "";
     if (what == "encode") {
         run_encode();
+    } else if (what == "rotate") {
+        run_rotate();
     } else if (what == "values") {
         run_values();
     } else if (what == "attention") {
@@ -388,7 +434,7 @@ int main(int argc, char ** argv) {
             run_attention(c);
         }
     } else {
-        fprintf(stderr, "usage: exec encode|values|attention\n");
+        fprintf(stderr, "usage: exec encode|rotate|values|attention\n");
         return 2;
     }
     return 0;

@@ -22,6 +22,9 @@ MAX_NMSE = 2e-7
 # relative error of one output vector; 3e-4 measured
 MAX_ROW_ERROR = 1e-3
 
+# six to eight rounded additions in float32
+MAX_ROTATION_NMSE = 1e-13
+
 FAMILIES = list(dict.fromkeys(row.family for row in load_types()))
 HEAD_DIMS = sorted({row.head_dim for row in load_types()})
 
@@ -114,6 +117,14 @@ def run(program: Path, what: str, lines: str = "") -> list[list[str]]:
 def test_encoder_writes_the_references_bytes(program: Path) -> None:
     rows = run(program, "encode")
     assert len(rows) == 2 * len(load_types())  # the shapes for latency and for throughput
+    assert [row for row in rows if row[-1] != "0"] == []
+
+
+def test_fused_rotation(program: Path) -> None:
+    """Queries are multiplied by the Walsh matrix; keys are the reference's bytes of the rotated vectors."""
+    rows = run(program, "rotate")
+    assert len(rows) == sum(row.head_dim in (64, 128, 256) for row in load_types())
+    assert max(float(row[-2]) for row in rows) <= MAX_ROTATION_NMSE
     assert [row for row in rows if row[-1] != "0"] == []
 
 
