@@ -62,7 +62,8 @@ def generate(
     return done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("types", [("kv4", "kv3"), ("turbo4", "f16")])
+# both compressed: the stand-in runs no node without a compressed tensor, so it could not write an f16 cache
+@pytest.mark.parametrize("types", [("kv4", "kv3"), ("turbo4", "turbo3")])
 def test_a_model_with_its_cache_on_the_shim(
     backend: Path, patched: BuildDir, model: Path, tmp_path: Path, types: tuple[str, str]
 ) -> None:
