@@ -62,7 +62,7 @@ needs ROCm with HIP 6.1 or newer, hipBLAS and rocBLAS (`hipconfig` in PATH); wha
 tested against a stub of ROCm. `tools/fetch_hip.py` fetches a compiler for AMD code objects from Debian packages without installing
 anything, `tools/hip_objects.py` compiles the kernels with it.
 
-Registers, spills and static LDS of the kernels (clang 19.1.7 `-O3`, ranges over head sizes; `benchmarks/hip-resources.json`).
+Registers, spills and static LDS of the kernels (clang 19.1.7 `-O3`, ranges over head sizes and bits; `benchmarks/hip-resources.json`).
 Scalar registers that do not fit are kept in lanes of vector registers, not in memory; no kernel spills vector registers.
 The attention kernels use up to 49 KiB of dynamic LDS, typically 17 KiB (`kv3`, head size 128).
 
@@ -145,10 +145,10 @@ def span(values: list[int]) -> str:
 
 
 WHAT = {
-    "encode": "cache write (0 bits: split-rate types; 8 lanes: throughput, 32: latency)",
-    "decode_values": "blocks to f32 or f16",
+    "encode": "cache write: code, one group of any bits or split-rate, lanes per vector, head size",
+    "decode_values": "blocks to numbers",
     "portable_query": "queries to bytes",
-    "portable_attention": "attention: query rows of a block; true: f16 or q8_0 beside a compressed type",
+    "portable_attention": "attention: query rows of a block; true: f16 or q8_0 beside compressed",
     "portable_combine": "joins the splits of the sequence",
 }
 
@@ -163,6 +163,13 @@ def resources() -> list[str]:
         words = arguments.rstrip(">").split(", ") if arguments else []
         if name.startswith("portable"):
             words[0] = "head size"
+        elif words:
+            words[0] = {"0": "scalar", "1": "trellis"}[words[0]]
+        if name == "encode":
+            words[1] = "split" if words[1] == "0" else "bits"
+            words[3] = "any size" if words[3] == "0" else words[3]
+        if name == "decode_values":
+            words[1] = "f32 or f16"
         table[f"{name}<{', '.join(words)}>" if words else name][kernel["gpu"]].append(kernel)
     text = BUILD.format(gpus=" | ".join(gpus), bars="|".join(["---"] * len(gpus)))
     lines = text.rstrip("\n").split("\n")

@@ -14,6 +14,7 @@ import pytest
 
 from pytq.codec.table import load_types
 
+pytestmark = pytest.mark.slow
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
