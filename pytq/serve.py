@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import socket
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from pathlib import Path
 
 from pytq import estimate as est
 from pytq.errors import PytqError
+from pytq.gguf.layout import read_layout
+from pytq.profile import load_profile
 
 DEFAULT_TYPES = ("kv4", "kv3")
 DEFAULT_CTX = 8192  # per slot, where the model allows it
@@ -30,6 +33,7 @@ class Request:
     host: str = "127.0.0.1"
     port: int = 8080
     extra: tuple[str, ...] = ()
+    profile: str | None = None  # a file, or "none"
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ def prepare(request: Request, available: int | None) -> Ready:
             )
     if not 0 < request.port < 65536:
         raise PytqError(f"--port must be between 1 and 65535, not {request.port}")
-    info = est.open_model(request.model)
+    info = _open(request)
     types = choose_types(info, request)
     est.check_pair(info, *types)
     slots = request.parallel
@@ -92,7 +96,21 @@ def prepare(request: Request, available: int | None) -> Ready:
     ]
     if request.unified:
         arguments.append("--kv-unified")
+    if request.profile is not None:
+        arguments += ["--kv-profile", request.profile]
     return Ready((*arguments, *request.extra), types, est.stored_names(info, types), plan, size, needed)
+
+
+def _open(request: Request) -> est.ModelInfo:
+    """The model with the profile that the server will use."""
+    info = est.open_model(request.model)
+    if request.profile is None:
+        return info
+    if request.profile == "none":
+        return dataclasses.replace(info, profile=None)
+    path = Path(request.profile)
+    load_profile(path, info.layout)  # refuses a damaged one and one of another model
+    return dataclasses.replace(info, profile=read_layout(path))
 
 
 def choose_types(info: est.ModelInfo, request: Request) -> tuple[str, str]:

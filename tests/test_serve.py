@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from shape_models import vocab_file
@@ -24,6 +26,7 @@ from pytq.errors import PytqError
 from pytq.gguf import cache, edit
 from pytq.gguf.layout import read_layout
 from pytq.paths import BuildDir
+from pytq.profile import LayerProfile, Profile, fingerprint, write_profile
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +73,26 @@ def test_types_stored_in_the_model(small: Path, tmp_path: Path, free_port: int) 
     assert ready.size.k == ready.plan.cells * 2 * (est.head_bytes("turbo4", 64) + est.head_bytes("f16", 64))
     half = serve.prepare(serve.Request(stored, type_k="kv2", port=free_port), None)
     assert half.names == ("kv2", "q8_0") and "-ctk kv2 -c" in " ".join(half.arguments)
+
+
+def test_profile_named_or_none(small: Path, tmp_path: Path, free_port: int) -> None:
+    """A named profile is checked and counted before the server starts; 'none' takes the one beside the model away."""
+    model = tmp_path / "m.gguf"
+    model.symlink_to(small)
+    layout = read_layout(model)
+    eye, one = np.tile(np.eye(64, dtype=np.float32), (2, 1, 1)), np.ones((2, 64), np.float32)
+    profile = Profile(fingerprint(layout), "small", "llama", 2, 1, "0" * 64, "0", "0")
+    profile.layers = {i: LayerProfile(eye, eye, 0 * one, one, one, one) for i in range(2)}
+    write_profile(tmp_path / "m.kvprofile.gguf", profile)
+    write_profile(tmp_path / "other.gguf", dataclasses.replace(profile, fingerprint="0" * 64))
+
+    def keys(**options: str) -> int:
+        return serve.prepare(serve.Request(model, "kv3", "kv3", 1024, port=free_port, **options), None).size.k  # type: ignore[arg-type]
+
+    assert keys() == keys(profile=str(tmp_path / "m.kvprofile.gguf")) > keys(profile="none")
+    code, out, err = cli(model, "--kv-profile", tmp_path / "other.gguf")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "was made for another model" in err
+    assert cli(model, "--kv-profile", tmp_path / "missing.gguf")[0] == 2
 
 
 def test_memory_advice_names_a_context_that_fits(small: Path, free_port: int) -> None:

@@ -23,6 +23,7 @@ from pytq import paths, serve
 @click.option("--kv-unified", "-kvu", is_flag=True, help="One cache for all slots.")
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", type=int, default=8080, show_default=True)
+@click.option("--kv-profile", help="kv profile, or 'none'; default: beside the model or inside it.")
 @click.option("--backend", default="cpu", show_default=True, help="cpu, cuda, hip or metal.")
 @click.option("--no-memory-check", is_flag=True, help="Start even if the estimate exceeds the free memory.")
 @click.option("--dry-run", is_flag=True, help="Check, print the command, start nothing.")
@@ -36,6 +37,7 @@ def command(
     kv_unified: bool,
     host: str,
     port: int,
+    kv_profile: str | None,
     backend: str,
     no_memory_check: bool,
     dry_run: bool,
@@ -51,7 +53,16 @@ def command(
     # the memory of other devices is not visible from here
     available = psutil.virtual_memory().available if backend == "cpu" and not no_memory_check else None
     request = serve.Request(
-        model, cache_type_k, cache_type_v, ctx_size, parallel, kv_unified, host, port, tuple(extra)
+        model,
+        cache_type_k,
+        cache_type_v,
+        ctx_size,
+        parallel,
+        kv_unified,
+        host,
+        port,
+        tuple(extra),
+        kv_profile,
     )
     ready = serve.prepare(request, available)
     build = paths.find_build("patched", backend)
