@@ -17,9 +17,13 @@
 #include <mutex>
 #include <string>
 
+// one literal, longer than every compiler has to take (those that have Metal do)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Woverlength-strings"
 static const char * const kernel_source =
 #include "pytq-metal-source.inc"
     ;
+#pragma GCC diagnostic pop
 
 static bool is_compressed(const ggml_tensor * t) {
     return t && pytq_is_type(t->type);
