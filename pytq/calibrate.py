@@ -343,7 +343,14 @@ def calibrate(
             on_progress(index + 1, count)
 
     info = run_windows(
-        model, lib, windows, on_attention, on_window=on_window, first_position=window_start, threads=threads, quiet=quiet
+        model,
+        lib,
+        windows,
+        on_attention,
+        on_window=on_window,
+        first_position=window_start,
+        threads=threads,
+        quiet=quiet,
     )
     profile = Profile(
         fingerprint(layout),
