@@ -59,49 +59,47 @@ def run(*command: str, **options: object) -> str:
     return str(done.stdout)
 
 
-def mirror() -> str:
+def own_lists(work: Path, name: str, *more: str) -> list[str]:
+    """apt options for package lists and a cache of our own in ``work``; brings the lists up to date."""
+    for directory in ("lists/partial", "cache/archives/partial"):
+        (work / name / directory).mkdir(parents=True)
+    settings = [f"Dir::State::lists={work / name / 'lists'}", f"Dir::Cache={work / name / 'cache'}"]
+    settings += ["APT::Sandbox::User=", "Debug::NoLocking=1", *more]
+    options = [word for setting in settings for word in ("-o", setting)]
+    run("apt-get", *options, "update")
+    return options
+
+
+def mirror(options: list[str]) -> str:
     """The Debian mirror of the machine's own apt configuration."""
-    for line in run("apt-get", "indextargets", "--format", "$(REPO_URI) $(ORIGIN)").splitlines():
+    for line in run("apt-get", *options, "indextargets", "--format", "$(REPO_URI) $(ORIGIN)").splitlines():
         uri, _, origin = line.partition(" ")
         if origin == "Debian" and not uri.rstrip("/").endswith("security"):
             return uri
-    raise Unavailable("apt knows no Debian mirror here (`apt-get update` not run yet?)")
+    raise Unavailable("apt knows no Debian mirror here")
 
 
-def download_rocm(work: Path, packages: Path) -> None:
-    """Downloads ROCM from ROCM_SUITE by an apt configuration of its own."""
-    for directory in ("lists/partial", "cache/archives/partial", "etc"):
-        (work / directory).mkdir(parents=True)
-    (work / "etc" / "sources.list").write_text(f"deb {mirror()} {ROCM_SUITE} main\n")
-    (work / "status").touch()
-    own = [
-        f"Dir::Etc::sourcelist={work}/etc/sources.list",
-        "Dir::Etc::sourceparts=/dev/null",
-        f"Dir::State::lists={work}/lists",
-        f"Dir::State::status={work}/status",
-        f"Dir::Cache={work}/cache",
-        "APT::Sandbox::User=",
-    ]
-    options = [word for option in own for word in ("-o", option)]
-    run("apt-get", *options, "update")
-    run("apt-get", *options, "download", *ROCM, cwd=packages)
-
-
-def download_clang(work: Path, packages: Path) -> None:
+def download_clang(options: list[str], packages: Path) -> None:
     """Downloads CLANG and what it needs beyond the packages that the machine has."""
-    (work / "clang" / "partial").mkdir(parents=True)
-    options = [
-        "-o",
-        f"Dir::Cache::archives={work}/clang",
-        "-o",
-        "APT::Sandbox::User=",
-        "-o",
-        "Debug::NoLocking=1",
-    ]
     # nothing is installed: apt prints the plan, and only the packages of the plan are downloaded
     plan = run("apt-get", *options, "install", "--no-install-recommends", "-y", "-s", *CLANG)
     names = {line.split()[1] for line in plan.splitlines() if line.startswith("Inst ")} | set(CLANG)
     run("apt-get", *options, "download", *sorted(names), cwd=packages)
+
+
+def download_rocm(work: Path, uri: str, packages: Path) -> None:
+    """Downloads ROCM from ROCM_SUITE."""
+    sources, status = work / "sources.list", work / "status"
+    sources.write_text(f"deb {uri} {ROCM_SUITE} main\n")
+    status.touch()
+    options = own_lists(
+        work,
+        "rocm",
+        f"Dir::Etc::sourcelist={sources}",
+        "Dir::Etc::sourceparts=/dev/null",
+        f"Dir::State::status={status}",
+    )
+    run("apt-get", *options, "download", *ROCM, cwd=packages)
 
 
 def fetch() -> Path:
@@ -120,8 +118,9 @@ def fetch() -> Path:
         work, root = Path(directory) / "work", Path(directory) / "root"
         packages = work / "packages"
         packages.mkdir(parents=True)
-        download_rocm(work, packages)
-        download_clang(work, packages)
+        options = own_lists(work, "host")
+        download_clang(options, packages)
+        download_rocm(work, mirror(options), packages)
         for package in sorted(packages.glob("*.deb")):
             run("dpkg", "-x", str(package), str(root))
         triple = run(
