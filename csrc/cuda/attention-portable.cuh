@@ -674,39 +674,62 @@ __global__ void __launch_bounds__(portable_tile) portable_attention(const portab
     }
 }
 
-// grid (n_rows, n_head_kv, n_seq), 64 threads.
-template <int D> __global__ void __launch_bounds__(64) portable_combine(const portable_params p) {
-    const int row = blockIdx.x, head_kv = blockIdx.y, seq = blockIdx.z;
+// grid (n_rows, n_head_kv, n_seq), 256 threads: four sets of 64 take every fourth split, so that the loads of few rows
+// and many splits overlap.
+template <int D> __global__ void __launch_bounds__(256) portable_combine(const portable_params p) {
+    constexpr int N = (D + 63) / 64;
+    __shared__ float tops[8], totals[4], sums[4][D];
+    const int row = blockIdx.x, head_kv = blockIdx.y, seq = blockIdx.z, tid = threadIdx.x, set = tid >> 6;
     const long long at = (((long long) seq * p.n_head_kv + head_kv) * p.n_rows + row) * p.n_splits;
     const int head = head_kv * p.gqa + row % p.gqa;
     const float sink = p.sinks ? p.sinks[head] * 1.44269504f : -1e30f;
     float top = sink;
-    for (int i = 0; i < p.n_splits; i++) {
+    for (int i = tid; i < p.n_splits; i += 256) {
         top = fmaxf(top, p.meta[at + i].x);
     }
-    float total = p.sinks ? exp2f(sink - top) : 0.0f;
-    float acc[(D + 63) / 64];
+    for (int w = 16; w > 0; w /= 2) {
+        top = fmaxf(top, group_xor(top, w));
+    }
+    if ((tid & 31) == 0) {
+        tops[tid >> 5] = top;
+    }
+    __syncthreads();
 #pragma unroll
-    for (int n = 0; n < (D + 63) / 64; n++) {
+    for (int i = 0; i < 8; i++) {
+        top = fmaxf(top, tops[i]);
+    }
+    float total = 0.0f, acc[N];
+#pragma unroll
+    for (int n = 0; n < N; n++) {
         acc[n] = 0.0f;
     }
-    for (int i = 0; i < p.n_splits; i++) {
+#pragma unroll 4
+    for (int i = set; i < p.n_splits; i += 4) {
         const float2 m = p.meta[at + i];
         const float f = exp2f(m.x - top);
         total = fmaf(m.y, f, total);
 #pragma unroll
-        for (int n = 0; n < (D + 63) / 64; n++) {
-            const int c = threadIdx.x + 64 * n;
+        for (int n = 0; n < N; n++) {
+            const int c = (tid & 63) + 64 * n;
             acc[n] = c < D ? fmaf(p.part[(at + i) * D + c], f, acc[n]) : 0.0f;
         }
     }
-    float * const out = p.dst + (((long long) seq * p.n_q + row / p.gqa) * p.n_head_kv * p.gqa + head) * D;
 #pragma unroll
-    for (int n = 0; n < (D + 63) / 64; n++) {
-        const int c = threadIdx.x + 64 * n;
+    for (int n = 0; n < N; n++) {
+        const int c = (tid & 63) + 64 * n;
         if (c < D) {
-            out[c] = total > 0.0f ? acc[n] / total : 0.0f;
+            sums[set][c] = acc[n];
         }
+    }
+    if ((tid & 63) == 0) {
+        totals[set] = total;
+    }
+    __syncthreads();
+    if (tid < D) {
+        total = totals[0] + totals[1] + totals[2] + totals[3] + (p.sinks ? exp2f(sink - top) : 0.0f);
+        const float x = sums[0][tid] + sums[1][tid] + sums[2][tid] + sums[3][tid];
+        p.dst[(((long long) seq * p.n_q + row / p.gqa) * p.n_head_kv * p.gqa + head) * D + tid] =
+            total > 0.0f ? x / total : 0.0f;
     }
 }
 

@@ -97,7 +97,7 @@ template <> void pytq_portable_launch<PYTQ_D>(ggml_backend_cuda_context & ctx, g
         launch<8, false>(ctx, p, n_seq, part, meta);
     }
     if (p.n_splits > 1) {
-        pytq::portable_combine<PYTQ_D><<<dim3(p.n_rows, p.n_head_kv, n_seq), 64, 0, ctx.stream()>>>(p);
+        pytq::portable_combine<PYTQ_D><<<dim3(p.n_rows, p.n_head_kv, n_seq), 256, 0, ctx.stream()>>>(p);
         CUDA_CHECK(cudaGetLastError());
     }
 }

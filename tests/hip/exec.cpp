@@ -273,7 +273,7 @@ template <int D, int R, bool PLAIN> void launch_attention(pytq::portable_params 
     shim::launch(pytq::portable_attention<D, R, PLAIN>, dim3(p.n_splits, p.n_head_kv * p.row_tiles, n_seq), dim3(128),
                  pytq::portable_smem, sizeof pytq::portable_smem, pytq::portable_shared_bytes(p, R), p);
     if (p.n_splits > 1) {
-        shim::launch(pytq::portable_combine<D>, dim3(p.n_rows, p.n_head_kv, n_seq), dim3(64), none, sizeof none, 0, p);
+        shim::launch(pytq::portable_combine<D>, dim3(p.n_rows, p.n_head_kv, n_seq), dim3(256), none, sizeof none, 0, p);
     }
 }
 
