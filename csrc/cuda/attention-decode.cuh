@@ -1,27 +1,27 @@
 // Attention of a few query rows over a compressed cache: int8 tensor cores straight from bit planes.
 //
-//   grid   (splits of the sequence, KV head groups x row tiles, sequences)
-//   block  one warp per (KV head of the group, 64-token slice of the tile); two shared-memory stages of whole cache
-//   rows tile   64 tokens per warp:
+//   grid     (splits of the sequence, groups of KV heads, sequences x tiles of 4 query rows); neighbouring splits
+//            form a cluster that joins its results through distributed shared memory
+//   block    one warp per (KV head of the group, 64-token slice of the tile)
+//   tile     64 tokens per warp, whole cache rows of the group:
 //            logits   S[token, row] = K[token, dim] q[dim, row]      m16n8k32, K is the A operand
 //            softmax  on the accumulators, every (token, row) once in the warp
 //            output   O[dim, row]  += V[dim, token] P[token, row]    m16n8k16, V transposed is the A operand
+//   memory   one buffer of keys, one of values: values arrive while logits are computed and the next tile's keys while
+//            the output is, so two blocks fit a multiprocessor for every type. The copy engine fills them; the last
+//            warp to leave a buffer orders its next filling, so warps wait for data only, never for each other
 //
 // A warp's 8 columns are 4 query rows twice: the high and the low byte of a 16-bit fixed-point q (and P), so the
 // integer product costs no accuracy that could be seen next to the cache's own error. P is scaled per 64 tokens by its
 // largest value times V's scale, so small weights beside an attention sink keep 16 bits of their own.
 //
 // K: lane (g, j) of an A fragment owns rows g and g + 8 and 4 consecutive k per register. Since q may be permuted like
-// K, lane j takes coordinates 32 j .. 32 j + 31 of its two tokens: one word per bit plane, decoded in registers. V:
-// lane (g, j) owns dims of row g and g + 8 and 4 tokens per register: it decodes 16 coordinates (half words) of 4
-// tokens and interleaves the tokens' bits by nibbles before the look-up, so one permute yields 4 tokens of one
-// coordinate.
-//
-// Integer operations per value (kv3): K 2.1, V 2.7. An H100 has 132 x 64 integer lanes: 65536 tokens x 8 heads x 128 x
-// 2 values need about 22 us of a layer; reading them needs 17 us.
+// K, lane j takes a quarter of the coordinates of its two tokens (of every group, for split-rate keys). V: lane (g, j)
+// owns dims of row g and g + 8 and 4 tokens per register: it decodes an eighth of the coordinates of 4 tokens and
+// interleaves the tokens' bits by nibbles before the look-up, so one permute yields 4 tokens of one coordinate.
 #pragma once
 
-#include "device.cuh"
+#include "attention-levels.cuh"
 
 namespace pytq {
 
@@ -29,18 +29,43 @@ struct decode_params {
     const char * q; // f32 [d, n_q, n_head, n_seq]
     const char * k; // blocks [n_kv, n_head_kv, n_seq]
     const char * v;
-    const char * mask; // f16 [n_kv, n_q, 1, n_seq_mask] or null
-    float * part;      // unnormalised outputs [seq][head_kv][row][part][d]
-    float2 * meta;     // (reference exponent, sum) [seq][head_kv][row][part]
+    const char * mask;   // f16 [n_kv, n_q, 1, n_seq_mask] or null
+    const float * sinks; // [n_head] or null
+    char * dst;          // f32 [d, n_head, n_q, n_seq]
+    float * part;        // unnormalised outputs [seq][head_kv][row][part][d]; unused with one part
+    float2 * meta;       // (reference exponent, sum) [seq][head_kv][row][part]
     long long q_nb1, q_nb2, q_nb3, k_nb1, k_nb2, k_nb3, v_nb1, v_nb2, v_nb3, mask_nb1, mask_nb3;
-    int n_kv, n_q, n_head_kv, gqa, n_rows, n_seq_mask;
-    int heads_per_block, warps_per_head, n_splits, n_parts, row_tiles;
+    int n_kv, n_q, n_head_kv, gqa, n_rows, n_seq, n_seq_mask;
+    int heads_per_block, warps_per_head, teams, row_tiles;
+    int n_splits, cluster, cluster_log2, n_parts;
+    int tiles_each, tiles_more;                     // tiles of a split; the first tiles_more splits have one more
+    int heads_inverse, slices_inverse, gqa_inverse; // ceil(2^16 / x): quotients of small numbers
     int k_slot, v_slot; // bytes between tokens in shared memory; equal to nb1 when rows are copied as one range
+    int v_at, mask_at, scratch_at; // offsets in a team's shared memory; its keys lie at decode_keys_at
+    int team_bytes;
+    int mask_rows;     // rows of the mask a tile of query rows needs: 1 for one token, else 4
+    bool mask_vectors; // mask rows may be copied 16 bytes at a time
+    bool rotate;       // multiply the result by the Walsh matrix of order d over sqrt(d)
     float scale, softcap, max_bias, m0, m1;
+    float row_scale; // logits before the soft-cap in units of it, else in units of log2; per step of the fixed-point
+                     // query
     int n_head_log2;
+    hidden_constants hidden;
 };
 
 constexpr int decode_tile = 64; // tokens per warp and tile
+
+// Teams of warps that share a block: two, each with its own buffers and every other tile, where registers allow 16
+// warps.
+template <class K> PYTQ_HD constexpr int decode_max_teams() {
+    return K::d > 128 ? 1 : 2;
+}
+// Shared memory begins with two barriers (keys, values) and two counters of warps that are done with a buffer per team;
+// nothing else may ever lie there, since the hardware may write to a barrier after the last wait. Then the teams'
+// buffers, which begin with 16 bytes of nothing: windows begin up to 4 bytes before a plane. Results overlay the
+// buffers.
+constexpr int decode_control_bytes = 32, decode_counters_at = 16, decode_buffers_at = 2 * decode_control_bytes;
+constexpr int decode_keys_at = 16;
 
 // Bytes between tokens in shared memory for blocks of one head group; contiguous rows are copied as they are.
 inline int decode_slot_bytes(long long nb1, int segment) {
@@ -51,14 +76,76 @@ inline int decode_slot_bytes(long long nb1, int segment) {
     return need + (int) (((nb1 - need) % 16 + 16) % 16);
 }
 
-PYTQ_HD inline int decode_stage_bytes(int slot, int tokens) {
-    return (slot * tokens + 64 + 15) / 16 * 16;
+// Scratch of a warp: its query operand, later its weights.
+template <class K> PYTQ_HD constexpr int decode_warp_bytes() {
+    return 8 * 4 * 4 * query_words<K>() > 8 * 20 * 4 ? 8 * 4 * 4 * query_words<K>() : 8 * 20 * 4;
 }
 
-// Dynamic shared memory of a block.
-inline int decode_shared_bytes(int k_slot, int v_slot, int warps, int tokens) {
-    return 2 * (decode_stage_bytes(k_slot, tokens) + decode_stage_bytes(v_slot, tokens)) + warps * 8 * 20 * 4 +
-           2 * 4 * 2 * tokens;
+// Result rows in shared memory: padded so that lanes meet few banks, and so that four neighbours stay together where
+// they are written and read as such.
+template <class K> PYTQ_HD constexpr bool result_vectors() {
+    return K::d % 128 == 0;
+}
+template <class K> PYTQ_HD constexpr int result_at(int c) {
+    return result_vectors<K>() ? c + 4 * (c / 16) : c + c / (K::d / 8);
+}
+template <class K> PYTQ_HD constexpr int result_row() {
+    return result_vectors<K>() ? K::d / 16 * 20 + 8 : K::d + 8;
+}
+
+// Launch shape of the kernel, from what the caller has set; returns the bytes of shared memory of a team.
+template <class K, class V> int decode_plan_shape(decode_params & p) {
+    p.heads_per_block = 1;
+    if (p.k_nb2 == K::block_bytes && p.v_nb2 == V::block_bytes) {
+        // heads that lie side by side in a cache row share a block, so rows are read once and in order
+        for (int h = 2; h <= 8; h++) {
+            p.heads_per_block = p.n_head_kv % h == 0 ? h : p.heads_per_block;
+        }
+    }
+    p.warps_per_head = 8 / p.heads_per_block;
+    const int warps = p.warps_per_head * p.heads_per_block, tokens = decode_tile * p.warps_per_head;
+    p.n_rows = p.gqa * p.n_q;
+    p.row_tiles = (p.n_rows + 3) / 4;
+    p.heads_inverse = (65536 + p.heads_per_block - 1) / p.heads_per_block;
+    p.slices_inverse = (65536 + p.warps_per_head - 1) / p.warps_per_head;
+    p.gqa_inverse = (65536 + p.gqa - 1) / p.gqa;
+    p.k_slot = decode_slot_bytes(p.k_nb1, p.heads_per_block * K::block_bytes);
+    p.v_slot = decode_slot_bytes(p.v_nb1, p.heads_per_block * V::block_bytes);
+    p.mask_rows = p.n_q == 1 ? 1 : 4;
+    p.mask_vectors =
+        ((uintptr_t) p.mask | (uintptr_t) p.mask_nb1 | (uintptr_t) p.mask_nb3) % 16 == 0 && p.n_kv % 8 == 0;
+    p.row_scale = p.scale / 32512.0f * (p.softcap != 0.0f ? 1.0f / p.softcap : 1.44269504f);
+    p.hidden = make_hidden_constants();
+    const auto stage = [&](int slot) { return (slot * tokens + 64 + 15) / 16 * 16; };
+    p.v_at = decode_keys_at + stage(p.k_slot);
+    p.mask_at = p.v_at + stage(p.v_slot);
+    p.scratch_at = p.mask_at + p.mask_rows * 2 * tokens;
+    p.team_bytes = p.scratch_at + warps * decode_warp_bytes<K>();
+    // the results overlay the tiles at the end
+    const int results = warps * 4 * (result_row<K>() * 4 + 8);
+    p.team_bytes = ((p.team_bytes > results ? p.team_bytes : results) + 15) / 16 * 16;
+    return p.team_bytes;
+}
+
+// n_sm: blocks that run at once. max_teams: teams for which there is shared memory. few, many: largest cluster that
+// joins everything, and cluster where there are more splits than that.
+inline void decode_plan_splits(decode_params & p, int n_sm, int max_teams, int few, int many) {
+    const int groups = p.n_head_kv / p.heads_per_block * p.row_tiles * p.n_seq;
+    const int tokens = decode_tile * p.warps_per_head, tiles = (p.n_kv + tokens - 1) / tokens;
+    const int per = n_sm / groups > 1 ? n_sm / groups : 1;
+    p.teams = max_teams > 1 && tiles > per ? 2 : 1;
+    p.n_splits = (tiles + p.teams - 1) / p.teams;
+    p.n_splits = p.n_splits < per ? p.n_splits : per;
+    p.cluster = 1, p.cluster_log2 = 0;
+    const int largest = p.n_splits <= few ? few : many;
+    while (2 * p.cluster <= largest && p.cluster < p.n_splits) {
+        p.cluster *= 2, p.cluster_log2++;
+    }
+    // a few splits may stay empty to fill the last cluster, but no cluster may have to wait for a place
+    const int up = (p.n_splits + p.cluster - 1) / p.cluster * p.cluster;
+    p.n_splits = up <= per || up == p.cluster ? up : p.n_splits / p.cluster * p.cluster;
+    p.n_parts = p.n_splits / p.cluster;
+    p.tiles_each = tiles / p.n_splits, p.tiles_more = tiles % p.n_splits;
 }
 
 #if !defined(__HIPCC__) && (!defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800)
@@ -67,45 +154,99 @@ inline int decode_shared_bytes(int k_slot, int v_slot, int warps, int tokens) {
 
 #ifdef PYTQ_HAVE_MMA
 
-PYTQ_DEV void mma_s8s8_k32(int c[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+// d = a b + c
+PYTQ_DEV void mma_s8s8_k32(int d[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1,
+                           const int c[4]) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
 }
 
-PYTQ_DEV void mma_s8u8_k16(int c[4], uint32_t a0, uint32_t a1, uint32_t b0) {
-    asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.u8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-        : "r"(a0), "r"(a1), "r"(b0));
+PYTQ_DEV void mma_s8u8_k16(int d[4], uint32_t a0, uint32_t a1, uint32_t b0, const int c[4]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.u8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%8,%9,%10};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a0), "r"(a1), "r"(b0), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
 }
 
-PYTQ_DEV void copy16_async(void * dst, const void * src) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t) __cvta_generic_to_shared(dst)), "l"(src));
+PYTQ_DEV uint32_t shared_address(int at) {
+    return (uint32_t) __cvta_generic_to_shared(decode_smem) + at;
 }
 
-PYTQ_DEV void copy_commit() {
-    asm volatile("cp.async.commit_group;");
+#if defined(PYTQ_PTX) && __CUDA_ARCH__ >= 900
+#define PYTQ_BULK 1
+
+// A barrier that is passed when the bytes announced to it have arrived.
+PYTQ_DEV void barrier_init(int at) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(at)) : "memory");
 }
-PYTQ_DEV void copy_wait_all() {
-    asm volatile("cp.async.wait_group 0;");
+PYTQ_DEV void barrier_init_done() {
+    asm volatile("fence.mbarrier_init.release.cluster;\n\tfence.proxy.async.shared::cta;" ::: "memory");
+}
+PYTQ_DEV void barrier_expect(int at, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(at)), "r"(bytes)
+                 : "memory");
+}
+PYTQ_DEV void barrier_wait(int at, int phase) {
+    asm volatile("{\n\t.reg .pred p;\n"
+                 "WAIT:\n\tmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n\t@p bra DONE;\n\tbra WAIT;\n"
+                 "DONE:\n\t}" ::"r"(shared_address(at)),
+                 "r"(phase)
+                 : "memory");
+}
+// All of it 16-byte aligned; the barrier counts the bytes.
+PYTQ_DEV void copy_bulk(int to, const void * src, int bytes, int barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(to)),
+                 "l"(src), "r"(bytes), "r"(shared_address(barrier))
+                 : "memory");
 }
 
-PYTQ_DEV float exp2_fast(float x) {
-    float r;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
-    return r;
+// Copies the blocks of n_tok tokens (segment bytes each) from src by one warp. Token t's first byte lands at offset
+// to + (src & 15) + t * slot. Announces extra bytes more than it copies.
+PYTQ_DEV void load_tile(int to, const char * src, long long nb1, int slot, int segment, int n_tok, int barrier,
+                        int extra, int lane) {
+    const int lead = (int) ((uintptr_t) src & 15);
+    if (slot == nb1) {
+        if (lane == 0) {
+            const int bytes = (lead + (n_tok - 1) * slot + segment + 15) & ~15;
+            barrier_expect(barrier, bytes + extra);
+            copy_bulk(to, src - lead, bytes, barrier);
+        }
+    } else {
+        int bytes = 0;
+#pragma unroll 1
+        for (int r = lane; r < n_tok; r += 32) {
+            bytes += ((int) ((uintptr_t) (src + r * nb1) & 15) + segment + 15) & ~15;
+        }
+        bytes = __reduce_add_sync(0xffffffffu, bytes);
+        if (lane == 0) {
+            barrier_expect(barrier, bytes + extra);
+        }
+        __syncwarp();
+#pragma unroll 1
+        for (int r = lane; r < n_tok; r += 32) {
+            const char * const row = src + r * nb1;
+            const int off = (int) ((uintptr_t) row & 15);
+            copy_bulk(to + lead + r * slot - off, row - off, (off + segment + 15) & ~15, barrier);
+        }
+    }
 }
 
-// Copies the blocks of n_tok tokens (segment bytes each) from src, 16 aligned bytes at a time. Token t's first byte
-// lands at dst + (src & 15) + t * slot.
-PYTQ_DEV void load_tile(char * dst, const char * src, long long nb1, int slot, int segment, int n_tok, int tid,
+#else
+
+PYTQ_DEV void copy16_async(int to, const void * src) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(src));
+}
+
+// The same by a whole team, 16 bytes at a time.
+PYTQ_DEV void load_tile(int to, const char * src, long long nb1, int slot, int segment, int n_tok, int tid,
                         int n_threads) {
     const int lead = (int) ((uintptr_t) src & 15);
     if (slot == nb1) {
-        const int chunks = (lead + (n_tok - 1) * slot + segment + 15) >> 4;
-        const char * from = src - lead;
-        for (int c = tid; c < chunks; c += n_threads) {
-            copy16_async(dst + 16 * c, from + 16 * c);
+        const int bytes = lead + (n_tok - 1) * slot + segment;
+        const char * const from = src - lead;
+        for (int c = 16 * tid; c < bytes; c += 16 * n_threads) {
+            copy16_async(to + c, from + c);
         }
     } else {
         const int per_row = (segment + 30) >> 4;
@@ -114,286 +255,537 @@ PYTQ_DEV void load_tile(char * dst, const char * src, long long nb1, int slot, i
             const char * row = src + r * nb1;
             const int off = (int) ((uintptr_t) row & 15);
             if (16 * c < off + segment) {
-                copy16_async(dst + lead + r * slot - off + 16 * c, row - off + 16 * c);
+                copy16_async(to + lead + r * slot - off + 16 * c, row - off + 16 * c);
             }
         }
     }
 }
 
-// Shared memory is addressed by 32-bit offsets: a pointer rounded down to a word would lose its address space.
-extern __shared__ __align__(16) char decode_smem[];
-
-PYTQ_DEV uint32_t shared_word(int at) {
-    return *(const uint32_t *) (decode_smem + at);
+PYTQ_DEV void copy_commit() {
+    asm volatile("cp.async.commit_group;");
 }
-PYTQ_DEV uint32_t shared_byte(int at) {
-    return *(const uint8_t *) (decode_smem + at);
+PYTQ_DEV void copy_wait_all() {
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
 }
+// Everything but the latest group.
+PYTQ_DEV void copy_wait_older() {
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
+}
+#endif
 
-// Scale of the block at this offset.
-template <class T> PYTQ_DEV float block_scale(int at) {
-    if constexpr (T::scale_bytes == 1) {
-        return log8_scale(shared_byte(at));
-    } else {
-        return half_bits(shared_byte(at) | shared_byte(at + 1) << 8);
+// Blocks of a cluster; every block is its own cluster before compute capability 9.
+PYTQ_DEV uint32_t cluster_rank() {
+    uint32_t r = 0;
+#if defined(PYTQ_PTX) && __CUDA_ARCH__ >= 900
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+#endif
+    return r;
+}
+// publish: what was written to shared memory becomes visible to the cluster.
+template <bool PUBLISH> PYTQ_DEV void cluster_sync(int cluster) {
+#if defined(PYTQ_PTX) && __CUDA_ARCH__ >= 900
+    if (cluster > 1) {
+        if constexpr (PUBLISH) {
+            asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+        } else {
+            asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+        }
+        asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+        return;
+    }
+#endif
+    if constexpr (PUBLISH) {
+        __syncthreads();
     }
 }
-
-// log2 of the scale of a block, at least -40: a zero scale then adds 2^-40 of a level, far below every rounding.
-template <class T> PYTQ_DEV float block_log2_scale(int at) {
-    if constexpr (T::scale_bytes == 1) {
-        const int e = (int) shared_byte(at);
-        return e == 0 ? -40.0f : (float) (e - PYTQ_LOG8_BIAS) * 0.125f;
+// N floats at a byte offset in the shared memory of a block of the cluster; four at a time need alignment.
+template <int N> PYTQ_DEV void cluster_load(float * x, int at, uint32_t rank) {
+#if defined(PYTQ_PTX) && __CUDA_ARCH__ >= 900
+    uint32_t a;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(a) : "r"(shared_address(at)), "r"(rank));
+    if constexpr (N == 4) {
+        asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                     : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
+                     : "r"(a));
+    } else if constexpr (N == 2) {
+        asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(x[0]), "=f"(x[1]) : "r"(a));
     } else {
-        return fmaxf(__log2f(half_bits(shared_byte(at) | shared_byte(at + 1) << 8)), -40.0f);
+        asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x[0]) : "r"(a));
     }
-}
-
-// 32 consecutive bits at any byte offset, for each plane of a type with d = 128.
-template <class T> PYTQ_DEV void load_planes(int at, uint32_t plane[T::bits]) {
-    const uint32_t s = (uint32_t) at << 3; // the shift counts modulo 32
-    const int w = at & ~3;
+#else
 #pragma unroll
-    for (int p = 0; p < T::bits; p++) {
-        plane[p] = shift_pair(shared_word(w + p * (T::d / 8)), shared_word(w + p * (T::d / 8) + 4), s);
+    for (int i = 0; i < N; i++) {
+        x[i] = ((const float *) (decode_smem + at))[i];
+    }
+#endif
+}
+
+// Walsh-Hadamard transform in natural order of d = 32 N values: one step per bit of the coordinate, in any order, so it
+// does not matter which of them are the lane's.
+template <int N> PYTQ_DEV void walsh(float v[N], int lane) {
+#pragma unroll 1 // runs once: every instruction has to be fetched
+    for (int h = 1; h < 32; h *= 2) {
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const float o = __shfl_xor_sync(0xffffffffu, v[i], h);
+            v[i] = lane & h ? o - v[i] : v[i] + o;
+        }
+    }
+#pragma unroll
+    for (int h = 1; h < N; h *= 2) {
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            if (!(i & h)) {
+                const float a = v[i], b = v[i + h];
+                v[i] = a + b, v[i + h] = a - b;
+            }
+        }
     }
 }
 
-// min_blocks: 2 keeps 16 warps on a multiprocessor
-template <int KT, int VT, bool SOFTCAP>
-__global__ void __launch_bounds__(256, 2) attention_decode(const decode_params p) {
+// Coordinate of value i of a lane where a warp holds a row of D: four neighbours where D allows.
+template <int D> PYTQ_DEV int row_coordinate(int i, int lane) {
+    return D % 128 == 0 ? (i >> 2) * 128 + 4 * lane + (i & 3) : 32 * i + lane;
+}
+
+// Normalises, rotates if asked and stores one output row.
+template <int D>
+PYTQ_DEV void store_row(const decode_params & p, int seq, int head_kv, int row, float * v, float top, float sum,
+                        int lane) {
+    constexpr int N = (D + 31) / 32;
+    const int iq = (row * p.gqa_inverse) >> 16, head = head_kv * p.gqa + row - iq * p.gqa;
+    float f = 1.0f;
+    if (p.sinks) {
+        const float sink = p.sinks[head] * 1.44269504f, t = fmaxf(top, sink);
+        f = exp2f(top - t);
+        sum = sum * f + exp2f(sink - t);
+    }
+    f = sum > 0.0f ? __fdividef(f, sum) : 0.0f;
+    if constexpr (D == 64 || D == 128 || D == 256) {
+        if (p.rotate) {
+            walsh<N>(v, lane);
+            f *= D == 64 ? 0.125f : D == 128 ? 0.0883883476f : 0.0625f;
+        }
+    }
+    float * const out = (float *) p.dst + (((long long) seq * p.n_q + iq) * p.n_head_kv * p.gqa + head) * D;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        const int c = row_coordinate<D>(i, lane);
+        if (32 * (i + 1) <= D || c < D) {
+            out[c] = v[i] * f;
+        }
+    }
+}
+
+template <int I> struct constant {
+    static constexpr int value = I;
+};
+
+// One table per group of the keys.
+template <class T, int G> struct key_tables {
+    half_table<T::code, T::template group_bits<G>> table;
+    key_tables<T, G - 1> rest;
+    PYTQ_DEV void init(uint32_t zero) {
+        table.init(zero);
+        rest.init(zero);
+    }
+    template <int H> PYTQ_DEV const auto & of() const {
+        if constexpr (H == G) {
+            return table;
+        } else {
+            return rest.template of<H>();
+        }
+    }
+};
+template <class T> struct key_tables<T, -1> {
+    PYTQ_DEV void init(uint32_t) {}
+};
+
+// A4: blocks keep their alignment to words from token to token, in K and in V.
+template <int KT, int VT, bool A4>
+__global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1) attention_decode(const decode_params p) {
     using K = type<KT>;
     using V = type<VT>;
-    constexpr int D = K::d;
-    static_assert(D == 128 && V::d == D && K::n_groups == 1 && V::n_groups == 1, "one group of 128 coordinates");
-    constexpr int KB = K::bits, VB = V::bits;
-    constexpr int KI = index_bits(K::code, KB), VI = index_bits(V::code, VB);
+    using VS = value_shape<V>;
+    constexpr int D = K::d, N = (D + 31) / 32;
+    static_assert(V::d == D, "one head size");
+    constexpr int VB = V::bits, VI = index_bits(V::code, VB), QW = query_words<K>(), MT = VS::tiles;
     constexpr float LOG2E = 1.44269504f, MAGIC = 12582912.0f; // 1.5 * 2^23: int32 sums below 2^22 read as floats
     constexpr int MAGIC_BITS = 0x4b400000;
-
-    char * const smem = decode_smem;
+    const int magic4[4] = {MAGIC_BITS, MAGIC_BITS, MAGIC_BITS, MAGIC_BITS};
 
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, j = lane & 3;
-    const int n_threads = blockDim.x;
-    const int group = blockIdx.y / p.row_tiles, row0 = (blockIdx.y - group * p.row_tiles) * 4;
-    const int seq = blockIdx.z;
-    const int head_in = warp % p.heads_per_block, slice = warp / p.heads_per_block;
-    const int head_kv = group * p.heads_per_block + head_in;
+    const int seq = p.row_tiles == 1 ? blockIdx.z : blockIdx.z / p.row_tiles;
+    const int row0 = (blockIdx.z - seq * p.row_tiles) * 4;
+    const int all_slices = (warp * p.heads_inverse) >> 16, head_in = warp - all_slices * p.heads_per_block;
+    const int team = (all_slices * p.slices_inverse) >> 16, slice = all_slices - team * p.warps_per_head;
+    const int team_warps = p.heads_per_block * p.warps_per_head, team_warp = warp - team * team_warps;
+    const int team_at = decode_buffers_at + team * p.team_bytes, control_at = team * decode_control_bytes;
+    const int head_kv = blockIdx.y * p.heads_per_block + head_in;
     const int tile_tokens = decode_tile * p.warps_per_head;
 
     const int k_seg = (int) ((p.heads_per_block - 1) * p.k_nb2) + K::block_bytes;
     const int v_seg = (int) ((p.heads_per_block - 1) * p.v_nb2) + V::block_bytes;
-    const int k_stage = decode_stage_bytes(p.k_slot, tile_tokens), v_stage = decode_stage_bytes(p.v_slot, tile_tokens);
-    uint32_t * const weights = (uint32_t *) (smem + 2 * (k_stage + v_stage) +
-                                             warp * (8 * 20 * 4)); // P of this warp: [column][slot of 4 tokens]
+    const int scratch = team_at + p.scratch_at + team_warp * decode_warp_bytes<K>();
 
-    const char * const k_base = p.k + seq * p.k_nb3 + (long long) group * p.heads_per_block * p.k_nb2;
-    const char * const v_base = p.v + seq * p.v_nb3 + (long long) group * p.heads_per_block * p.v_nb2;
+    const char * const k_base = p.k + seq * p.k_nb3 + (long long) blockIdx.y * p.heads_per_block * p.k_nb2;
+    const char * const v_base = p.v + seq * p.v_nb3 + (long long) blockIdx.y * p.heads_per_block * p.v_nb2;
 
     // Tiles of this split.
-    const int n_tiles = (p.n_kv + tile_tokens - 1) / tile_tokens;
-    const int tile_begin = (int) ((long long) n_tiles * blockIdx.x / p.n_splits);
-    const int tile_end = (int) ((long long) n_tiles * (blockIdx.x + 1) / p.n_splits);
+    const int split = blockIdx.x;
+    const int first_tile = split * p.tiles_each + min(split, p.tiles_more), tile_begin = first_tile + team;
+    const int tile_end = first_tile + p.tiles_each + (split < p.tiles_more ? 1 : 0);
 
-    // Mask rows of this block's 4 query rows, per stage: [row][token] f16.
-    char * const mask_smem = smem + 2 * (k_stage + v_stage) + (n_threads >> 5) * (8 * 20 * 4);
-    const bool mask_aligned =
-        ((uintptr_t) p.mask | (uintptr_t) p.mask_nb1 | (uintptr_t) p.mask_nb3) % 16 == 0 && p.n_kv % 8 == 0;
-    auto load = [&](int tile, int stage) {
-        const long long t0 = (long long) tile * tile_tokens;
-        const int n_tok = min(tile_tokens, p.n_kv - (int) t0);
-        char * const base = smem + stage * (k_stage + v_stage);
-        if (p.mask) {
-            const char * const rows = p.mask + (seq % p.n_seq_mask) * p.mask_nb3 + 2 * t0;
-            char * const to = mask_smem + stage * (4 * 2 * tile_tokens);
-            const int per = mask_aligned ? 8 : 1, items = 4 * tile_tokens / per;
-            for (int c = threadIdx.x; c < items; c += n_threads) {
-                const int row = c / (tile_tokens / per), t = (c - row * (tile_tokens / per)) * per;
-                const char * const from = rows + min(row0 + row, p.n_rows - 1) / p.gqa * p.mask_nb1 + 2 * t;
-                if (t < n_tok) {
-                    if (mask_aligned) {
-                        copy16_async(to + 2 * (row * tile_tokens + t), from);
-                    } else {
-                        *(__half *) (to + 2 * (row * tile_tokens + t)) = *(const __half *) from;
-                    }
+    const char * const mask = p.mask ? p.mask + (p.n_seq_mask == 1 ? 0 : seq % p.n_seq_mask) * p.mask_nb3 : nullptr;
+    const auto mask_row = [&](int row) { // of this tile of query rows
+        return mask + ((min(row0 + row, p.n_rows - 1) * p.gqa_inverse) >> 16) * p.mask_nb1;
+    };
+#ifdef PYTQ_BULK
+    const int keys_barrier = control_at, values_barrier = control_at + 8;
+    // Called by one warp of the team.
+    const auto load_keys = [&](int tile) {
+        const int t0 = tile * tile_tokens, n_tok = min(tile_tokens, p.n_kv - t0);
+        const bool with_mask = mask && p.mask_vectors;
+        if (mask && !with_mask) { // by ordinary stores, which the barrier's arrival publishes
+#pragma unroll 1
+            for (int i = lane; i < p.mask_rows * n_tok; i += 32) {
+                const int row = i / n_tok, t = i - row * n_tok;
+                *(__half *) (decode_smem + team_at + p.mask_at + 2 * (row * tile_tokens + t)) =
+                    ((const __half *) mask_row(row))[(long long) t0 + t];
+            }
+            __threadfence_block();
+            __syncwarp();
+        }
+        load_tile(team_at + decode_keys_at, k_base + t0 * p.k_nb1, p.k_nb1, p.k_slot, k_seg, n_tok, keys_barrier,
+                  with_mask ? p.mask_rows * 2 * n_tok : 0, lane);
+        if (with_mask && lane < p.mask_rows) {
+            copy_bulk(team_at + p.mask_at + lane * 2 * tile_tokens, mask_row(lane) + 2LL * t0, 2 * n_tok, keys_barrier);
+        }
+    };
+    const auto load_values = [&](int tile) {
+        const int t0 = tile * tile_tokens, n_tok = min(tile_tokens, p.n_kv - t0);
+        load_tile(team_at + p.v_at, v_base + t0 * p.v_nb1, p.v_nb1, p.v_slot, v_seg, n_tok, values_barrier, 0, lane);
+    };
+    // Whether this warp is the last of its team that has done with a buffer.
+    const auto last_to_leave = [&](int counter) {
+        uint32_t before = 0;
+        __syncwarp();
+        if (lane == 0) {
+            __threadfence_block();
+            before = atomicInc((uint32_t *) (decode_smem + control_at + decode_counters_at) + counter, team_warps - 1);
+        }
+        return (int) __shfl_sync(0xffffffffu, before, 0) == team_warps - 1;
+    };
+#else
+    const int tid = 32 * team_warp + lane, n_threads = 32 * team_warps;
+    const auto load_keys = [&](int tile) {
+        const int t0 = tile * tile_tokens, n_tok = min(tile_tokens, p.n_kv - t0);
+        if (mask) {
+            const int step = p.mask_vectors ? 8 : 1, per_row = tile_tokens / step;
+            for (int c = tid; c < p.mask_rows * per_row; c += n_threads) {
+                const int row = c / per_row, t = step * (c - row * per_row);
+                const int to = team_at + p.mask_at + 2 * (row * tile_tokens + t);
+                const char * const from = mask_row(row) + 2LL * (t0 + t);
+                if (t < n_tok && p.mask_vectors) {
+                    copy16_async(to, from);
+                } else if (t < n_tok) {
+                    *(__half *) (decode_smem + to) = *(const __half *) from;
                 }
             }
         }
-        load_tile(base, k_base + t0 * p.k_nb1, p.k_nb1, p.k_slot, k_seg, n_tok, threadIdx.x, n_threads);
-        load_tile(base + k_stage, v_base + t0 * p.v_nb1, p.v_nb1, p.v_slot, v_seg, n_tok, threadIdx.x, n_threads);
+        load_tile(team_at + decode_keys_at, k_base + t0 * p.k_nb1, p.k_nb1, p.k_slot, k_seg, n_tok, tid, n_threads);
+        copy_commit();
     };
-    // The query is read first: behind the first tile of every block it would wait for all of them.
-    float x[32];
+    const auto load_values = [&](int tile) {
+        const int t0 = tile * tile_tokens, n_tok = min(tile_tokens, p.n_kv - t0);
+        load_tile(team_at + p.v_at, v_base + t0 * p.v_nb1, p.v_nb1, p.v_slot, v_seg, n_tok, tid, n_threads);
+        copy_commit();
+    };
+#endif
+
+    key_tables<K, K::n_groups - 1> k_table;
+    half_table<V::code, VB> v_table;
+    const uint32_t zero = (uint32_t) lane * p.hidden.zero;
+    k_table.init(zero);
+    if constexpr (K::n_groups == 1 && K::code == V::code && K::bits == VB) {
+        v_table = k_table.table;
+    } else {
+        v_table.init(zero);
+    }
+    const uint32_t bias = own_register(0x01010101u - 1u, zero);
+
+#ifdef PYTQ_BULK
+    if (team_warp == 0 && lane == 0) {
+        barrier_init(keys_barrier);
+        barrier_init(values_barrier);
+        *(uint2 *) (decode_smem + control_at + decode_counters_at) = make_uint2(0u, 0u);
+        barrier_init_done();
+    }
+#endif
+    grid_wait(); // everything before this line overlaps with the kernel before
+
+    // The query is read first: behind the first tile of every block it would wait for all of them. Eight lanes per row.
+    constexpr int QN = D / 8;
+    const auto query_coordinate = [&](int i) {
+        return D % 32 == 0 ? 32 * (i >> 2) + 4 * (lane & 7) + (i & 3) : 8 * i + (lane & 7);
+    };
+    float x[QN];
     {
-        const int r = row0 + (g & 3);
-        const char * src = p.q + seq * p.q_nb3 + (r / p.gqa) * p.q_nb1 + (head_kv * p.gqa + r % p.gqa) * p.q_nb2;
+        const int r = row0 + (lane >> 3), iq = (r * p.gqa_inverse) >> 16;
+        const float * const src =
+            (const float *) (p.q + seq * p.q_nb3 + iq * p.q_nb1 + (head_kv * p.gqa + r - iq * p.gqa) * p.q_nb2);
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            float4 f = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            if (r < p.n_rows) {
-                f = *(const float4 *) (src + 128 * j + 16 * i);
+        for (int i = 0; i < QN; i++) {
+            if constexpr (D % 32 == 0) {
+                if (i % 4 == 0) {
+                    float4 f = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                    if (r < p.n_rows) {
+                        f = *(const float4 *) (src + query_coordinate(i));
+                    }
+                    x[i] = f.x, x[i + 1] = f.y, x[i + 2] = f.z, x[i + 3] = f.w;
+                }
+            } else {
+                x[i] = r < p.n_rows ? src[query_coordinate(i)] : 0.0f;
             }
-            x[4 * i] = f.x, x[4 * i + 1] = f.y, x[4 * i + 2] = f.z, x[4 * i + 3] = f.w;
         }
     }
-    if (tile_begin < tile_end) {
-        load(tile_begin, 0);
+#ifdef PYTQ_BULK
+    if (team_warp == 0) {
+        __syncwarp();
+        if (tile_begin < tile_end) {
+            load_keys(tile_begin);
+            load_values(tile_begin);
+        }
     }
-    copy_commit();
+#else
+    if (tile_begin < tile_end) {
+        load_keys(tile_begin);
+        load_values(tile_begin);
+    }
+#endif
+    grid_trigger();
 
-    // Query: row g & 3 in 16-bit fixed point, its high bytes in columns 0..3, low bytes in 4..7.
-    uint32_t qb[8];
+    // Query: 4 rows in 16-bit fixed point through shared memory; high bytes are columns 0..3, low bytes 4..7.
+    uint32_t qb[QW];
     float row_factor[2]; // of rows 2 (j & 1) + {0, 1}: logits in units of log2
     float slope[2];
     {
+        if constexpr (4 * QW * 4 > D) { // places without a coordinate
+            for (int i = lane; i < 8 * 4 * QW; i += 32) {
+                *(uint32_t *) (decode_smem + scratch + 4 * i) = 0u;
+            }
+            __syncwarp();
+        }
         float m = 0.0f;
 #pragma unroll
-        for (int i = 0; i < 32; i++) {
+        for (int i = 0; i < QN; i++) {
             m = fmaxf(m, fabsf(x[i]));
         }
-        m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 1));
-        m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 2));
-        const float inv = m > 0.0f ? 32512.0f / m : 0.0f;
-        int b[32];
 #pragma unroll
-        for (int i = 0; i < 32; i++) {
-            const int v = __float2int_rn(x[i] * inv), hi = (v + 128) >> 8;
-            b[i] = g < 4 ? hi : v - 256 * hi;
+        for (int t = 1; t < 8; t *= 2) {
+            m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, t));
         }
+        const float inv = m > 0.0f ? __fdividef(32512.0f, m) : 0.0f;
+        const int to = scratch + (lane >> 3) * 16 * QW;
 #pragma unroll
-        for (int s = 0; s < 4; s++) {
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                uint32_t w = 0;
-#pragma unroll
-                for (int n = 0; n < 4; n++) {
-                    w |= (uint32_t) (b[16 * h + 4 * n + s] & 255) << (8 * n);
-                }
-                qb[2 * s + h] = w;
-            }
+        for (int i = 0; i < QN; i++) {
+            // low 16 bits: value + 128, so the high byte is rounded and the low byte is offset by 128
+            const uint32_t t = as_uint(fmaf(x[i], inv, MAGIC + 128.0f));
+            const int at = to + query_byte<K>(query_coordinate(i));
+            *(uint8_t *) (decode_smem + at) = (uint8_t) (t >> 8);
+            *(uint8_t *) (decode_smem + at + 4 * 16 * QW) = (uint8_t) (t ^ 128u);
         }
-        const float f =
-            m * (1.0f / 32512.0f) * p.scale * book<K::code, KB>::step() * (SOFTCAP ? 1.0f / p.softcap : LOG2E);
 #pragma unroll
         for (int rr = 0; rr < 2; rr++) {
-            const int row = 2 * (j & 1) + rr;
-            row_factor[rr] = __shfl_sync(0xffffffffu, f, 4 * row + j);
-            const int rq = min(row0 + row, p.n_rows - 1), head = head_kv * p.gqa + rq % p.gqa;
+            row_factor[rr] = __shfl_sync(0xffffffffu, m, 8 * (2 * (j & 1) + rr)) * p.row_scale;
+        }
+#pragma unroll
+        for (int rr = 0; rr < 2; rr++) {
             slope[rr] = LOG2E;
             if (p.max_bias > 0.0f) {
+                const int rq = min(row0 + 2 * (j & 1) + rr, p.n_rows - 1);
+                const int head = head_kv * p.gqa + rq - ((rq * p.gqa_inverse) >> 16) * p.gqa;
                 slope[rr] *= head < p.n_head_log2 ? powf(p.m0, (float) (head + 1))
                                                   : powf(p.m1, (float) (2 * (head - p.n_head_log2) + 1));
             }
         }
+        __syncwarp();
+#pragma unroll
+        for (int w = 0; w < QW; w++) {
+            qb[w] = shared_word(scratch + 4 * ((g * 4 + j) * QW + w));
+        }
+        __syncwarp(); // the weights will go to the same place
+#ifdef PYTQ_BULK
+        __syncthreads(); // the barriers exist
+#endif
     }
 
-    level_table<K::code, KB> k_table;
-    level_table<V::code, VB> v_table;
-    k_table.init();
-    if constexpr (K::code == V::code && KB == VB) {
-        v_table = k_table;
-    } else {
-        v_table.init();
-    }
-
-    float o[8][4];
+    float o[VS::n_windows][MT][4];
     float top[2] = {-1e30f, -1e30f}, sum[2] = {0.0f, 0.0f};
 #pragma unroll
-    for (int m = 0; m < 8; m++) {
-        o[m][0] = o[m][1] = o[m][2] = o[m][3] = 0.0f;
+    for (int w = 0; w < VS::n_windows; w++) {
+#pragma unroll
+        for (int m = 0; m < MT; m++) {
+            o[w][m][0] = o[w][m][1] = o[w][m][2] = o[w][m][3] = 0.0f;
+        }
     }
 
-    // Tokens of A rows: row g of sub-tile i, half h. Chosen so that the 8 rows of a fragment fall into different banks.
-    auto token_of = [&](int i, int half, int row) { return 16 * i + 2 * row + half; };
+    // Tokens of A rows: row g of sub-tile i, half h is 16 i + 2 g + h, so that the 8 rows of a fragment fall into
+    // different banks. Blocks of this warp's head in the buffers (64 tokens times any stride keep 16-byte alignment):
+    const int kt = team_at + decode_keys_at + (int) ((uintptr_t) k_base & 15) + slice * decode_tile * p.k_slot +
+                   head_in * (int) p.k_nb2;
+    const int vt =
+        team_at + p.v_at + (int) ((uintptr_t) v_base & 15) + slice * decode_tile * p.v_slot + head_in * (int) p.v_nb2;
+    const uint32_t k_bits = 8u * (uint32_t) (kt + K::data_off + 2 * g * p.k_slot);
+    const uint32_t v_bits = 8u * (uint32_t) (vt + V::data_off + 2 * j * p.v_slot) + (uint32_t) (g * VS::per_lane - 16);
+    const int k_scale_at = kt + (2 * g + (j >> 1)) * p.k_slot, v_scale_at = vt + (2 * g + (j >> 1)) * p.v_slot;
+    const uint32_t history = g == 0 ? 0xffff0000u : 0xffffffffu;
 
-    for (int tile = tile_begin; tile < tile_end; tile++) {
-        const int stage = (tile - tile_begin) & 1;
-        copy_wait_all();
-        __syncthreads();
-        if (tile + 1 < tile_end) {
-            load(tile + 1, stage ^ 1);
+    // the teams of a block take as many turns where they wait for each other
+#ifdef PYTQ_BULK
+    const int turns_end = tile_end;
+#else
+    const int turns_end = tile_end + team;
+#endif
+    int phase = 0;
+    for (int tile = tile_begin; tile < turns_end; tile += p.teams, phase ^= 1) {
+#ifdef PYTQ_BULK
+        barrier_wait(keys_barrier, phase);
+#else
+        if (tile == tile_begin) {
+            copy_wait_older();
+        } else {
+            copy_wait_all();
         }
-        copy_commit();
-
-        const int t0 = tile * tile_tokens + slice * decode_tile;
-        const int n_valid = p.n_kv - t0;
-        const int kt = stage * (k_stage + v_stage) +
-                       (int) ((uintptr_t) (k_base + (long long) tile * tile_tokens * p.k_nb1) & 15) +
-                       slice * decode_tile * p.k_slot + head_in * (int) p.k_nb2;
-        const int vt = stage * (k_stage + v_stage) + k_stage +
-                       (int) ((uintptr_t) (v_base + (long long) tile * tile_tokens * p.v_nb1) & 15) +
-                       slice * decode_tile * p.v_slot + head_in * (int) p.v_nb2;
+        __syncthreads(); // keys are there, the values of the tile before are done with
+        if (tile != tile_begin && tile < tile_end) {
+            load_values(tile);
+        }
+#endif
 
         // Mask of this lane's 4 tokens and 2 rows; tokens past the end count as masked.
-        const char * const mask_tile = mask_smem + stage * (4 * 2 * tile_tokens) + 2 * slice * decode_tile;
-        float bias[4][2];
+        const int n_valid = p.n_kv - tile * tile_tokens - slice * decode_tile;
+        float bias_[4][2];
         bool any = false;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const int t = token_of(i, j >> 1, g);
+            const int t = 16 * i + 2 * g + (j >> 1);
 #pragma unroll
             for (int rr = 0; rr < 2; rr++) {
                 float b = -INFINITY;
                 if (t < n_valid) {
-                    b = p.mask ? __half2float(
-                                     *(const __half *) (mask_tile + 2 * (2 * (j & 1) + rr) * tile_tokens + 2 * t)) *
-                                     slope[rr]
-                               : 0.0f;
+                    b = 0.0f;
+                    if (mask) {
+                        const int row = p.mask_rows == 1 ? 0 : 2 * (j & 1) + rr;
+                        const __half h = *(const __half *) (decode_smem + team_at + p.mask_at +
+                                                            2 * (row * tile_tokens + slice * decode_tile + t));
+                        b = __half2float(h) * slope[rr];
+                    }
                 }
-                bias[i][rr] = b;
+                bias_[i][rr] = b;
                 any |= b > -INFINITY;
             }
         }
-        if (!__any_sync(0xffffffffu, any)) {
+        any = __any_sync(0xffffffffu, any);
+
+        float beta[2] = {0.0f, 0.0f}, alpha[2] = {1.0f, 1.0f};
+        bool grew = false;
+        float logit[4][2];
+        if (any) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                logit[i][0] = logit[i][1] = 0.0f;
+                const auto group = [&](auto index) {
+                    constexpr int G = decltype(index)::value;
+                    using kg = key_group<K, G>;
+                    int acc[4];
+                    const auto one_window = [&](auto window_index) {
+                        constexpr int W = decltype(window_index)::value;
+                        uint32_t a[2][8];
+#pragma unroll
+                        for (int half = 0; half < 2; half++) {
+                            const int u = (16 * i + half) * p.k_slot;
+                            key_levels<K, G, W>(k_table.template of<G>(), p.hidden, bias,
+                                                A4 ? k_bits : k_bits + 8u * (uint32_t) u, A4 ? u : 0, j, a[half]);
+                        }
+                        constexpr int Q = kg::first_word() + W * 2 * kg::steps;
+#pragma unroll
+                        for (int s = 0; s < kg::steps; s++) {
+                            const int lo = kg::steps == 4 ? 2 * s : 4 * s, hi = kg::steps == 4 ? 2 * s + 1 : 4 * s + 2;
+                            mma_s8s8_k32(acc, a[0][lo], a[1][lo], a[0][hi], a[1][hi], qb[Q + 2 * s], qb[Q + 2 * s + 1],
+                                         W == 0 && s == 0 ? magic4 : acc);
+                        }
+                    };
+                    one_window(constant<0>());
+                    if constexpr (kg::n_windows == 2) {
+                        one_window(constant<1>());
+                    }
+                    // Lanes j < 2 hold the high bytes' products, lanes j >= 2 the low bytes'; afterwards each lane has
+                    // both for one token.
+                    const float scale =
+                        block_scale<K, G>(k_scale_at + 16 * i * p.k_slot) * book<K::code, kg::bits>::step();
+#pragma unroll
+                    for (int rr = 0; rr < 2; rr++) {
+                        const float first = __int_as_float(acc[rr]) - MAGIC,
+                                    second = __int_as_float(acc[2 + rr]) - MAGIC;
+                        const float other = __shfl_xor_sync(0xffffffffu, j < 2 ? second : first, 2);
+                        const float dot = j < 2 ? fmaf(first, 256.0f, other) : fmaf(other, 256.0f, second);
+                        logit[i][rr] = fmaf(dot, scale * row_factor[rr], logit[i][rr]);
+                    }
+                };
+                group(constant<0>());
+                if constexpr (K::n_groups > 1) {
+                    group(constant<1>());
+                }
+                if constexpr (K::n_groups > 2) {
+                    group(constant<2>());
+                }
+            }
+            if (p.softcap != 0.0f) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+#pragma unroll
+                    for (int rr = 0; rr < 2; rr++) {
+                        logit[i][rr] = p.softcap * LOG2E * tanhf(logit[i][rr]);
+                    }
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+#pragma unroll
+                for (int rr = 0; rr < 2; rr++) {
+                    // (a scale past the end may be anything)
+                    logit[i][rr] = bias_[i][rr] > -INFINITY ? logit[i][rr] + bias_[i][rr] : -INFINITY;
+                }
+            }
+        }
+#ifdef PYTQ_BULK
+        if (last_to_leave(0) && tile + p.teams < tile_end) {
+            load_keys(tile + p.teams);
+        }
+        barrier_wait(values_barrier, phase);
+        if (!any) {
+            if (last_to_leave(1) && tile + p.teams < tile_end) {
+                load_values(tile + p.teams);
+            }
             continue;
         }
-
-        // Logits.
-        float logit[4][2];
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            int acc[4] = {MAGIC_BITS, MAGIC_BITS, MAGIC_BITS, MAGIC_BITS};
-            uint32_t a[2][8];
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int block = kt + token_of(i, half, g) * p.k_slot;
-                uint32_t plane[KB], index[KI];
-                load_planes<K>(block + K::data_off + 4 * j, plane);
-                uint32_t prev = 0;
-                if constexpr (K::code == PYTQ_CODE_TRELLIS) {
-                    prev = __shfl_up_sync(0xffffffffu, plane[0], 1);
-                    prev = j == 0 ? 0u : prev;
-                }
-                index_planes<K::code, KB, true>(plane, prev, index);
-                levels32<K::code, KB>(k_table, index, a[half]);
-            }
-#pragma unroll
-            for (int s = 0; s < 4; s++) {
-                mma_s8s8_k32(acc, a[0][2 * s], a[1][2 * s], a[0][2 * s + 1], a[1][2 * s + 1], qb[2 * s], qb[2 * s + 1]);
-            }
-            // Lanes j < 2 hold the high bytes' products, lanes j >= 2 the low bytes'; afterwards each lane has both for
-            // one token.
-            const float scale = block_scale<K>(kt + token_of(i, j >> 1, g) * p.k_slot);
-#pragma unroll
-            for (int rr = 0; rr < 2; rr++) {
-                const float first = __int_as_float(acc[rr]) - MAGIC, second = __int_as_float(acc[2 + rr]) - MAGIC;
-                const float other = __shfl_xor_sync(0xffffffffu, j < 2 ? second : first, 2);
-                const float dot = j < 2 ? fmaf(first, 256.0f, other) : fmaf(other, 256.0f, second);
-                float s = dot * (scale * row_factor[rr]);
-                if constexpr (SOFTCAP) {
-                    s = p.softcap * LOG2E * tanhf(s);
-                }
-                logit[i][rr] = bias[i][rr] > -INFINITY ? s + bias[i][rr] : -INFINITY;
-            }
+#else
+        copy_wait_all();
+        __syncthreads(); // values are there, the keys are done with
+        if (tile + p.teams < tile_end) {
+            load_keys(tile + p.teams);
         }
+        if (!any) {
+            continue;
+        }
+#endif
 
         // Softmax and fixed-point weights. u = logit + log2(scale of V): weights are quantised with V's scale in them.
-        float lv[4], beta[2];
-        bool grew = false;
-        float alpha[2];
+        float lv[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            lv[i] = block_log2_scale<V>(vt + token_of(i, j >> 1, g) * p.v_slot);
+            lv[i] = block_log2_scale<V>(v_scale_at + 16 * i * p.v_slot);
         }
 #pragma unroll
         for (int rr = 0; rr < 2; rr++) {
@@ -422,165 +814,300 @@ __global__ void __launch_bounds__(256, 2) attention_decode(const decode_params p
             }
             sum[rr] = fmaf(sum[rr], alpha[rr], l);
             const uint32_t w01 = permute(w[0], w[1], 0x5140), w23 = permute(w[2], w[3], 0x5140);
-            uint32_t * const dst = weights + (2 * (j & 1) + rr) * 20 + 8 * (j >> 1) + g;
+            uint32_t * const dst = (uint32_t *) (decode_smem + scratch) + (2 * (j & 1) + rr) * 20 + 8 * (j >> 1) + g;
             dst[0] = permute(w01, w23, 0x7632);      // high bytes
             dst[4 * 20] = permute(w01, w23, 0x5410); // low bytes
         }
         __syncwarp();
 
         // Output.
-        int acc[8][4];
-#pragma unroll
-        for (int m = 0; m < 8; m++) {
-            acc[m][0] = acc[m][1] = acc[m][2] = acc[m][3] = MAGIC_BITS;
-        }
-#pragma unroll
-        for (int quarter = 0; quarter < 4; quarter++) {
-            const uint32_t b0 = weights[g * 20 + 4 * quarter + j];
-            uint32_t pair[2][VI]; // index planes of tokens (0, 2) and (1, 3): bytes A0 B0 A1 B1
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                uint32_t win[2][VI];
-#pragma unroll
-                for (int n = 0; n < 2; n++) {
-                    const int t = token_of(h + 2 * n, quarter >> 1, 4 * (quarter & 1) + j);
-                    // the window's upper half is this lane's 16 coordinates, the lower half the 16 before
-                    const int at = vt + t * p.v_slot + V::data_off + 2 * g - 2;
-                    uint32_t plane[VB];
-                    load_planes<V>(at, plane);
-                    if constexpr (V::code == PYTQ_CODE_TRELLIS) {
-                        plane[0] = g == 0 ? plane[0] & 0xffff0000u : plane[0];
-                    }
-                    index_planes<V::code, VB, false>(plane, 0u, win[n]);
-                }
-#pragma unroll
-                for (int b = 0; b < VI; b++) {
-                    pair[h][b] = permute(win[0][b], win[1][b], 0x7362);
-                }
-            }
-#pragma unroll
-            for (int unit = 0; unit < 2;
-                 unit++) { // low, high nibbles of the bytes: coordinates 4 unit + k and 8 + 4 unit + k
-                uint32_t index[VI], lev[8];
-#pragma unroll
-                for (int b = 0; b < VI; b++) {
-                    index[b] = unit == 0 ? blend(0x0f0f0f0fu, pair[0][b], pair[1][b] << 4)
-                                         : blend(0x0f0f0f0fu, pair[0][b] >> 4, pair[1][b]);
-                }
-                levels32<V::code, VB>(v_table, index, lev);
-#pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    mma_s8u8_k16(acc[4 * unit + k], lev[2 * k], lev[2 * k + 1], b0);
-                }
-            }
-        }
         if (__any_sync(0xffffffffu, grew)) {
 #pragma unroll
-            for (int m = 0; m < 8; m++) {
-                o[m][0] *= alpha[0], o[m][1] *= alpha[1], o[m][2] *= alpha[0], o[m][3] *= alpha[1];
+            for (int w = 0; w < VS::n_windows; w++) {
+#pragma unroll
+                for (int m = 0; m < MT; m++) {
+                    o[w][m][0] *= alpha[0], o[w][m][1] *= alpha[1], o[w][m][2] *= alpha[0], o[w][m][3] *= alpha[1];
+                }
             }
         }
+        const auto value_window = [&](auto window_index) {
+            constexpr int W = decltype(window_index)::value;
+            int acc[MT][4];
 #pragma unroll
-        for (int m = 0; m < 8; m++) {
+            for (int quarter = 0; quarter < 4; quarter++) {
+                const uint32_t b0 = shared_word(scratch + 4 * (g * 20 + 4 * quarter + j));
+                uint32_t pair[2][VI]; // index planes of tokens (0, 2) and (1, 3): bytes A0 B0 A1 B1
 #pragma unroll
-            for (int c = 0; c < 4; c++) {
-                o[m][c] = fmaf(__int_as_float(acc[m][c]) - MAGIC, beta[c & 1], o[m][c]);
+                for (int h = 0; h < 2; h++) {
+                    uint32_t win[2][VI];
+#pragma unroll
+                    for (int n = 0; n < 2; n++) {
+                        const int u = (16 * (h + 2 * n) + 8 * (quarter & 1) + (quarter >> 1)) * p.v_slot;
+                        // the window's upper half is this lane's coordinates, the lower half the 16 before
+                        uint32_t plane[VB];
+                        windows<V, VB, W * VS::width>(A4 ? v_bits : v_bits + 8u * (uint32_t) u, A4 ? u : 0, plane);
+                        if constexpr (V::code == PYTQ_CODE_TRELLIS && W == 0) {
+                            plane[0] &= history;
+                        }
+                        index_planes<V::code, VB, false>(plane, 0u, win[n]);
+                    }
+#pragma unroll
+                    for (int b = 0; b < VI; b++) {
+                        pair[h][b] = permute(win[0][b], win[1][b], 0x7362);
+                    }
+                }
+#pragma unroll
+                for (int unit = 0; unit < 2; unit++) { // low, high nibbles of the bytes
+                    uint32_t index[VI], lev[8];
+#pragma unroll
+                    for (int b = 0; b < VI; b++) {
+                        index[b] = unit == 0 ? blend(0x0f0f0f0fu, pair[0][b], pair[1][b] << 4)
+                                             : blend(0x0f0f0f0fu, pair[0][b] >> 4, pair[1][b]);
+                    }
+                    fold_sign<V::code, VB>(index);
+                    folded_levels<V::code, VB>(v_table, p.hidden, bias, index, lev);
+#pragma unroll
+                    for (int m = 0; m < MT; m++) {
+                        if (VS::unit(m) == unit) {
+                            mma_s8u8_k16(acc[m], lev[VS::at(VS::first(m))], lev[VS::at(VS::second(m))], b0,
+                                         quarter == 0 ? magic4 : acc[m]);
+                        }
+                    }
+                }
             }
+#pragma unroll
+            for (int m = 0; m < MT; m++) {
+#pragma unroll
+                for (int c = 0; c < 4; c++) {
+                    o[W][m][c] = fmaf(__int_as_float(acc[m][c]) - MAGIC, beta[c & 1], o[W][m][c]);
+                }
+            }
+        };
+        value_window(constant<0>());
+        if constexpr (VS::n_windows == 2) {
+            value_window(constant<1>());
         }
+#ifdef PYTQ_BULK
+        if (last_to_leave(1) && tile + p.teams < tile_end) {
+            load_values(tile + p.teams);
+        }
+#else
         __syncwarp();
+#endif
     }
 
-    // Join the two halves of the fixed point; afterwards each lane has 16 dims of one row.
-    float out[16];
-#pragma unroll
-    for (int m = 0; m < 8; m++) {
-        const int unit = m >> 2, k = m & 3;
-        const float lo_a = __shfl_xor_sync(0xffffffffu, j < 2 ? o[m][1] : o[m][0], 2);
-        const float lo_b = __shfl_xor_sync(0xffffffffu, j < 2 ? o[m][3] : o[m][2], 2);
-        out[4 * unit + k] = (j < 2 ? o[m][0] : o[m][1]) + lo_a;
-        out[8 + 4 * unit + k] = (j < 2 ? o[m][2] : o[m][3]) + lo_b;
-    }
-#pragma unroll
-    for (int rr = 0; rr < 2; rr++) {
-        sum[rr] += __shfl_xor_sync(0xffffffffu, sum[rr], 2);
-        sum[rr] += __shfl_xor_sync(0xffffffffu, sum[rr], 4);
-        sum[rr] += __shfl_xor_sync(0xffffffffu, sum[rr], 8);
-        sum[rr] += __shfl_xor_sync(0xffffffffu, sum[rr], 16);
-    }
-    const int row = row0 + 2 * (j & 1) + (j >> 1);
-    if (row < p.n_rows) {
-        const long long at = (((long long) seq * p.n_head_kv + head_kv) * p.n_rows + row) * p.n_parts +
-                             blockIdx.x * p.warps_per_head + slice;
-        float4 * const dst = (float4 *) (p.part + at * D + 16 * g);
+    // Join the two halves of the fixed point; afterwards each lane has an eighth of the dims of one row, which goes to
+    // shared memory: [warp][row][dim], then (top, sum) [warp][row].
+    __syncthreads(); // the tiles are done with
+    // from here on lane numbers are computed anew: kept since before the loop, they would cost registers inside it
+    const int tid_ = (int) opaque(threadIdx.x), lane_ = tid_ & 31, warp_ = tid_ >> 5, g_ = lane_ >> 2, j_ = lane_ & 3;
+    constexpr int ROW = result_row<K>();
+    const int n_warps = p.teams * team_warps, meta_at = decode_buffers_at + n_warps * 4 * ROW * 4;
+    {
         constexpr float step = book<V::code, VB>::step();
+        const int row = 2 * (j_ & 1) + (j_ >> 1);
+        float * const out = (float *) (decode_smem + decode_buffers_at) + (warp_ * 4 + row) * ROW;
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            dst[i] =
-                make_float4(out[4 * i] * step, out[4 * i + 1] * step, out[4 * i + 2] * step, out[4 * i + 3] * step);
+        for (int w = 0; w < VS::n_windows; w++) {
+            float y[VS::width];
+#pragma unroll
+            for (int m = 0; m < MT; m++) {
+                const float lo_a = __shfl_xor_sync(0xffffffffu, j_ < 2 ? o[w][m][1] : o[w][m][0], 2);
+                const float lo_b = __shfl_xor_sync(0xffffffffu, j_ < 2 ? o[w][m][3] : o[w][m][2], 2);
+                y[VS::first(m)] = ((j_ < 2 ? o[w][m][0] : o[w][m][1]) + lo_a) * step;
+                y[VS::second(m)] = ((j_ < 2 ? o[w][m][2] : o[w][m][3]) + lo_b) * step;
+            }
+            const int c = g_ * VS::per_lane + w * VS::width;
+#pragma unroll
+            for (int i = 0; i < VS::width; i++) {
+                if constexpr (result_vectors<K>()) {
+                    if (i % 4 == 0) {
+                        *(float4 *) (out + result_at<K>(c) + i) = make_float4(y[i], y[i + 1], y[i + 2], y[i + 3]);
+                    }
+                } else {
+                    out[result_at<K>(c + i)] = y[i];
+                }
+            }
         }
-        if (g == 0) {
-            p.meta[at] = make_float2(j < 2 ? top[0] : top[1], j < 2 ? sum[0] : sum[1]);
+#pragma unroll
+        for (int rr = 0; rr < 2; rr++) {
+#pragma unroll
+            for (int s = 2; s < 32; s *= 2) {
+                sum[rr] += __shfl_xor_sync(0xffffffffu, sum[rr], s);
+            }
+        }
+        if (g_ == 0) {
+            float * const meta = (float *) (decode_smem + meta_at) + 2 * (warp_ * 4 + row);
+            meta[0] = j_ < 2 ? top[0] : top[1];
+            meta[1] = j_ < 2 ? sum[0] : sum[1];
         }
     }
+    cluster_sync<true>(p.cluster);
+
+    // Each (head, row) of the cluster is joined by one warp.
+    const int rank = p.cluster > 1 ? (int) cluster_rank() : 0, sources = p.cluster * p.teams * p.warps_per_head;
+    for (int unit = rank * n_warps + warp_; unit < 4 * p.heads_per_block; unit += p.cluster * n_warps) {
+        const int row = unit & 3, head = unit >> 2;
+        if (row0 + row >= p.n_rows) {
+            continue;
+        }
+        const auto source_row = [&](int s, int & block) { // row of source s: slice s / cluster of block s % cluster
+            block = s & (p.cluster - 1);
+            return ((s >> p.cluster_log2) * p.heads_per_block + head) * 4 + row;
+        };
+        float meta[2][2] = {{-1e30f, 0.0f}, {-1e30f, 0.0f}}; // (top, sum) of sources lane, lane + 32; at most 64
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            if (lane_ + 32 * i < sources) {
+                int block;
+                const int at = meta_at + 8 * source_row(lane_ + 32 * i, block);
+                cluster_load<2>(meta[i], at, block);
+            }
+        }
+        float all = fmaxf(meta[0][0], meta[1][0]);
+#pragma unroll
+        for (int s = 1; s < 32; s *= 2) {
+            all = fmaxf(all, __shfl_xor_sync(0xffffffffu, all, s));
+        }
+        const float f[2] = {exp2_fast(meta[0][0] - all), exp2_fast(meta[1][0] - all)};
+        float total = meta[0][1] * f[0] + meta[1][1] * f[1];
+#pragma unroll
+        for (int s = 1; s < 32; s *= 2) {
+            total += __shfl_xor_sync(0xffffffffu, total, s);
+        }
+        float v[N];
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            v[i] = 0.0f;
+        }
+#pragma unroll 1 // runs few times: every instruction has to be fetched
+        for (int s0 = 0; s0 < sources; s0 += 4) {
+            float y[4][N];
+#pragma unroll
+            for (int q = 0; q < 4; q++) {
+                int block;
+                const int at = decode_buffers_at + 4 * ROW * source_row(min(s0 + q, sources - 1), block);
+#pragma unroll
+                for (int i = 0; i < N; i += result_vectors<K>() ? 4 : 1) {
+                    const int c = row_coordinate<D>(i, lane_) < D ? row_coordinate<D>(i, lane_) : 0;
+                    cluster_load<result_vectors<K>() ? 4 : 1>(&y[q][i], at + 4 * result_at<K>(c), block);
+                }
+            }
+#pragma unroll
+            for (int q = 0; q < 4; q++) {
+                const int s = s0 + q;
+                const float w = __shfl_sync(0xffffffffu, s < 32 ? f[0] : f[1], s & 31);
+#pragma unroll
+                for (int i = 0; i < N; i++) {
+                    v[i] = fmaf(y[q][i], s < sources ? w : 0.0f, v[i]);
+                }
+            }
+        }
+        const int h = blockIdx.y * p.heads_per_block + head;
+        if (p.n_parts == 1) {
+            store_row<D>(p, seq, h, row0 + row, v, all, total, lane_);
+        } else {
+            const long long to = (((long long) seq * p.n_head_kv + h) * p.n_rows + row0 + row) * p.n_parts +
+                                 (blockIdx.x >> p.cluster_log2);
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+                if (row_coordinate<D>(i, lane_) < D) {
+                    p.part[to * D + row_coordinate<D>(i, lane_)] = v[i];
+                }
+            }
+            if (lane_ == 0) {
+                p.meta[to] = make_float2(all, total);
+            }
+        }
+    }
+    cluster_sync<false>(p.cluster); // no block leaves while its results are read
 }
 
-// Joins the parts of one row: grid (D / 32, rows, head_kv x seq), 256 threads: 8 lanes of 4 dims x 32 groups of parts.
-template <int D>
-__global__ void __launch_bounds__(256)
-    attention_combine(const float * part, const float2 * meta, const float * sinks, char * dst, int n_parts, int n_rows,
-                      int n_head_kv, int gqa, int n_q) {
-    __shared__ float4 acc_s[32][8];
-    __shared__ float sum_s[32];
-    __shared__ float top_s[8];
-    const int row = blockIdx.y, head_kv = blockIdx.z % n_head_kv, seq = blockIdx.z / n_head_kv;
-    const long long at = (((long long) seq * n_head_kv + head_kv) * n_rows + row) * n_parts;
-    const int head = head_kv * gqa + row % gqa, iq = row / gqa;
-    const float sink = sinks ? sinks[head] * 1.44269504f : -1e30f;
+// Joins the parts of one row: grid (rows, head_kv, seq).
+constexpr int join_warps = 16;
+template <int D> __global__ void __launch_bounds__(32 * join_warps) attention_join(const decode_params p) {
+    constexpr int N = (D + 31) / 32;
+    __shared__ float rows[join_warps][32 * N];
+    __shared__ float sums[join_warps];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int row = blockIdx.x, head_kv = blockIdx.y, seq = blockIdx.z;
+    const long long at = (((long long) seq * p.n_head_kv + head_kv) * p.n_rows + row) * p.n_parts;
+    grid_trigger();
+    grid_wait();
 
-    float top = sink;
-    for (int i = threadIdx.x; i < n_parts; i += 256) {
-        top = fmaxf(top, meta[at + i].x);
+    float top = -1e30f;
+    for (int i = lane; i < p.n_parts; i += 32) {
+        top = fmaxf(top, p.meta[at + i].x);
     }
-    for (int s = 16; s > 0; s /= 2) {
+#pragma unroll
+    for (int s = 1; s < 32; s *= 2) {
         top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, s));
     }
-    if ((threadIdx.x & 31) == 0) {
-        top_s[threadIdx.x >> 5] = top;
-    }
-    __syncthreads();
+    float v[N], sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-        top = fmaxf(top, top_s[i]);
+    for (int i = 0; i < N; i++) {
+        v[i] = 0.0f;
     }
-
-    const int sub = threadIdx.x >> 3, quad = threadIdx.x & 7;
-    float4 acc = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    float sum = 0.0f;
-    const float4 * src = (const float4 *) (part + at * D) + blockIdx.x * 8 + quad;
-#pragma unroll 4
-    for (int i = sub; i < n_parts; i += 32) {
-        const float2 m = meta[at + i];
-        const float4 v = src[(long long) i * (D / 4)];
-        const float f = exp2f(m.x - top);
-        sum = fmaf(m.y, f, sum);
-        acc.x = fmaf(v.x, f, acc.x), acc.y = fmaf(v.y, f, acc.y), acc.z = fmaf(v.z, f, acc.z),
-        acc.w = fmaf(v.w, f, acc.w);
-    }
-    acc_s[sub][quad] = acc;
-    if (quad == 0) {
-        sum_s[sub] = sum;
-    }
-    __syncthreads();
-    if (threadIdx.x < 32) {
-        const float * a = (const float *) acc_s;
-        float total = sinks ? exp2f(sink - top) : 0.0f, v = 0.0f;
+    for (int first = warp; first < p.n_parts; first += 8 * join_warps) {
+        float y[8][N];
+        float2 m[8];
 #pragma unroll
-        for (int i = 0; i < 32; i++) {
-            total += sum_s[i];
-            v += a[32 * i + threadIdx.x];
+        for (int q = 0; q < 8; q++) { // all loads before their first use
+            const int part = first + q * join_warps;
+            m[q] = make_float2(-1e30f, 0.0f);
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+                y[q][i] = 0.0f;
+            }
+            if (part < p.n_parts) {
+                m[q] = p.meta[at + part];
+                const float * const src = p.part + (at + part) * D;
+#pragma unroll
+                for (int i = 0; i < N; i++) {
+                    if constexpr (D % 128 == 0) {
+                        if (i % 4 == 0) {
+                            const float4 f = *(const float4 *) (src + row_coordinate<D>(i, lane));
+                            y[q][i] = f.x, y[q][i + 1] = f.y, y[q][i + 2] = f.z, y[q][i + 3] = f.w;
+                        }
+                    } else if (row_coordinate<D>(i, lane) < D) {
+                        y[q][i] = src[row_coordinate<D>(i, lane)];
+                    }
+                }
+            }
         }
-        float * const out = (float *) dst + (((long long) seq * n_q + iq) * n_head_kv * gqa + head) * D;
-        out[blockIdx.x * 32 + threadIdx.x] = total > 0.0f ? v / total : 0.0f;
+#pragma unroll
+        for (int q = 0; q < 8; q++) {
+            const float f = exp2_fast(m[q].x - top);
+            sum = fmaf(m[q].y, f, sum);
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+                v[i] = fmaf(y[q][i], f, v[i]);
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        rows[warp][32 * i + lane] = v[i];
+    }
+    if (lane == 0) {
+        sums[warp] = sum;
+    }
+    __syncthreads();
+    if (warp == 0) {
+        sum = 0.0f;
+#pragma unroll
+        for (int w = 0; w < join_warps; w++) {
+            sum += sums[w];
+        }
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            v[i] = 0.0f;
+#pragma unroll
+            for (int w = 0; w < join_warps; w++) {
+                v[i] += rows[w][32 * i + lane];
+            }
+        }
+        store_row<D>(p, seq, head_kv, row, v, top, sum, lane);
     }
 }
 

@@ -1,57 +1,26 @@
-// Launcher of the decode kernel for one family of keys; included once per family with PYTQ_K set.
+// Launcher of the decode kernel for one family of keys; included once per family with PYTQ_K set, and
+//   PYTQ_OWN_V      the family of values for every head size (default: the keys')
+//   PYTQ_EXTRA_V    further families of values for head size 128: X(name) ...
 #include "pytq-cuda-impl.cuh"
+
+#include "cuda/attention-launch.cuh"
 
 #include <algorithm>
 
 namespace {
 
-template <int KT, int VT, bool SOFTCAP>
-void launch(ggml_backend_cuda_context & ctx, ggml_tensor * dst, pytq::decode_params p) {
-    using K = pytq::type<KT>;
-    const ggml_tensor * k = dst->src[1];
-    const ggml_tensor * v = dst->src[2];
-    const int device = ggml_cuda_get_device();
-    const int n_sm = ggml_cuda_info().devices[device].nsm;
-    const int n_seq = (int) dst->src[0]->ne[3];
-
-    // Heads that lie side by side in a cache row share a block, so rows are read once and in order.
-    p.heads_per_block = 1;
-    if (p.k_nb2 == (int64_t) ggml_type_size(k->type) && p.v_nb2 == (int64_t) ggml_type_size(v->type)) {
-        for (int h = 2; h <= 8; h++) {
-            p.heads_per_block = p.n_head_kv % h == 0 ? h : p.heads_per_block;
-        }
-    }
-    p.warps_per_head = 8 / p.heads_per_block;
-    const int warps = p.warps_per_head * p.heads_per_block;
-    const int tokens = pytq::decode_tile * p.warps_per_head;
-    p.row_tiles = (p.n_rows + 3) / 4;
-    const int groups = p.n_head_kv / p.heads_per_block * p.row_tiles;
-    const int tiles = (p.n_kv + tokens - 1) / tokens;
-    p.n_splits = std::max(1, std::min(tiles, 2 * n_sm / (groups * n_seq)));
-    p.n_parts = p.n_splits * p.warps_per_head;
-    p.k_slot = pytq::decode_slot_bytes(p.k_nb1, p.heads_per_block * K::block_bytes);
-    p.v_slot = pytq::decode_slot_bytes(p.v_nb1, p.heads_per_block * pytq::type<VT>::block_bytes);
-    const size_t smem = pytq::decode_shared_bytes(p.k_slot, p.v_slot, warps, tokens);
-
-    const size_t n = (size_t) n_seq * p.n_head_kv * p.n_rows * p.n_parts;
-    ggml_cuda_pool_alloc<float> part(ctx.pool(), n * K::d);
-    ggml_cuda_pool_alloc<float2> meta(ctx.pool(), n);
-    p.part = part.get();
-    p.meta = meta.get();
-
-    static size_t raised[GGML_CUDA_MAX_DEVICES] = {0};
-    if (raised[device] < smem) {
-        CUDA_CHECK(cudaFuncSetAttribute(pytq::attention_decode<KT, VT, SOFTCAP>,
-                                        cudaFuncAttributeMaxDynamicSharedMemorySize, (int) smem));
-        raised[device] = smem;
-    }
-    pytq::attention_decode<KT, VT, SOFTCAP><<<dim3(p.n_splits, groups, n_seq), warps * 32, smem, ctx.stream()>>>(p);
-    CUDA_CHECK(cudaGetLastError());
-    const ggml_tensor * sinks = dst->src[4];
-    pytq::attention_combine<K::d><<<dim3(K::d / 32, p.n_rows, p.n_head_kv * n_seq), 256, 0, ctx.stream()>>>(
-        part.get(), meta.get(), sinks ? (const float *) sinks->data : nullptr, (char *) dst->data, p.n_parts, p.n_rows,
-        p.n_head_kv, p.gqa, p.n_q);
-    CUDA_CHECK(cudaGetLastError());
+// As upstream decides it (ggml_cuda_kernel_launch).
+bool dependent_launch(const void * kernel) {
+#if defined(GGML_CUDA_USE_PDL)
+    static const bool enabled = [] {
+        const char * e = getenv("GGML_CUDA_PDL");
+        return e == nullptr || atoi(e) != 0;
+    }();
+    return enabled && ggml_cuda_kernel_can_use_pdl(kernel);
+#else
+    GGML_UNUSED(kernel);
+    return false;
+#endif
 }
 
 template <int KT, int VT> bool run(ggml_backend_cuda_context * ctx, ggml_tensor * dst, bool check) {
@@ -62,55 +31,81 @@ template <int KT, int VT> bool run(ggml_backend_cuda_context * ctx, ggml_tensor 
     const ggml_tensor * k = dst->src[1];
     const ggml_tensor * v = dst->src[2];
     const ggml_tensor * mask = dst->src[3];
+    const ggml_tensor * sinks = dst->src[4];
 
     pytq::decode_params p = {};
     p.q = (const char *) q->data, p.k = (const char *) k->data, p.v = (const char *) v->data;
     p.mask = mask ? (const char *) mask->data : nullptr;
+    p.sinks = sinks ? (const float *) sinks->data : nullptr;
+    p.dst = (char *) dst->data;
     p.q_nb1 = q->nb[1], p.q_nb2 = q->nb[2], p.q_nb3 = q->nb[3];
     p.k_nb1 = k->nb[1], p.k_nb2 = k->nb[2], p.k_nb3 = k->nb[3];
     p.v_nb1 = v->nb[1], p.v_nb2 = v->nb[2], p.v_nb3 = v->nb[3];
     p.mask_nb1 = mask ? mask->nb[1] : 0, p.mask_nb3 = mask ? mask->nb[3] : 0;
-    p.n_seq_mask = mask ? (int) mask->ne[3] : 1;
+    p.n_seq = (int) q->ne[3], p.n_seq_mask = mask ? (int) mask->ne[3] : 1;
     p.n_kv = (int) k->ne[1], p.n_q = (int) q->ne[1], p.n_head_kv = (int) k->ne[2], p.gqa = (int) (q->ne[2] / k->ne[2]);
-    p.n_rows = p.gqa * p.n_q;
     memcpy(&p.scale, (const float *) dst->op_params + 0, sizeof(float));
     memcpy(&p.max_bias, (const float *) dst->op_params + 1, sizeof(float));
     memcpy(&p.softcap, (const float *) dst->op_params + 2, sizeof(float));
+    p.rotate = ggml_get_op_params_i32(dst, pytq_rotate_output_param) == 1;
     p.n_head_log2 = 1 << (int) floorf(log2f((float) q->ne[2]));
     p.m0 = powf(2.0f, -p.max_bias / p.n_head_log2);
     p.m1 = powf(2.0f, -p.max_bias / 2.0f / p.n_head_log2);
-    if (p.softcap != 0.0f) {
-        launch<KT, VT, true>(*ctx, dst, p);
-    } else {
-        launch<KT, VT, false>(*ctx, dst, p);
-    }
+
+    // both alignments are compiled for the commonest head size only
+    constexpr bool both = pytq::type<KT>::d == 128;
+    const int id = ggml_cuda_get_device();
+    const auto & info = ggml_cuda_info().devices[id];
+    const int cluster = ggml_cuda_highest_compiled_arch(info.cc) >= GGML_CUDA_CC_HOPPER ? 1 : 0;
+    const pytq::decode_device device = {id, info.nsm, (int) info.smpbo, cluster ? pytq::decode_few_cluster : 1,
+                                        cluster ? pytq::decode_many_cluster : 1};
+    pytq::decode_plan plan;
+    CUDA_CHECK((pytq::decode_prepare<KT, VT, both>(p, plan, device)));
+    const size_t rows = std::max<size_t>(1, pytq::decode_part_rows(p));
+    ggml_cuda_pool_alloc<float> part(ctx->pool(), rows * pytq::type<KT>::d);
+    ggml_cuda_pool_alloc<float2> meta(ctx->pool(), rows);
+    p.part = part.get(), p.meta = meta.get();
+    CUDA_CHECK((pytq::decode_launch<KT, VT, both>(
+        p, plan, dependent_launch((const void *) pytq::attention_decode<KT, VT, false>), ctx->stream())));
     return true;
+}
+
+constexpr int id_of(int family, int slot) {
+    return PYTQ_TYPE_BASE + PYTQ_FAMILY_STRIDE * family + slot;
 }
 
 } // namespace
 
-#define PYTQ_ID128(name)    (PYTQ_TYPE_BASE + PYTQ_FAMILY_STRIDE * PYTQ_FAMILY_INDEX_##name + 4)
-#define PYTQ_CAT_(a, b)     a##b
-#define PYTQ_CAT(a, b)      PYTQ_CAT_(a, b)
-#define PYTQ_ID128_OF(name) PYTQ_ID128(name)
-#define PYTQ_V(name)                                                                                                   \
-    case PYTQ_ID128(name):                                                                                             \
-        return run<PYTQ_ID128_OF(PYTQ_K), PYTQ_ID128(name)>(ctx, dst, check);
-
-// Values beside the family's own: kv3 and kv2 for kv4 keys, everything with PYTQ_CUDA_ALL_PAIRS.
-bool PYTQ_CAT(pytq_cuda_decode_, PYTQ_K)(ggml_backend_cuda_context * ctx, ggml_tensor * dst, ggml_type type_v,
-                                         bool check) {
-    switch ((int) type_v) {
+#define PYTQ_CAT_(a, b)  a##b
+#define PYTQ_CAT(a, b)   PYTQ_CAT_(a, b)
+#define PYTQ_INDEX(name) PYTQ_CAT(PYTQ_FAMILY_INDEX_, name)
+#ifndef PYTQ_OWN_V
+#define PYTQ_OWN_V PYTQ_K
+#endif
 #ifdef PYTQ_CUDA_ALL_PAIRS
-        PYTQ_DECODE_FAMILIES(PYTQ_V)
+#define PYTQ_MORE_V(X) X(turbo2) X(turbo3) X(turbo4) X(kv2) X(kv3) X(kv4) X(kv5)
+#elif defined(PYTQ_EXTRA_V)
+#define PYTQ_MORE_V(X) PYTQ_EXTRA_V(X)
 #else
-        case PYTQ_ID128_OF(PYTQ_K):
-            return run<PYTQ_ID128_OF(PYTQ_K), PYTQ_ID128_OF(PYTQ_K)>(ctx, dst, check);
-#ifdef PYTQ_EXTRA_V
-            PYTQ_EXTRA_V(PYTQ_V)
+#define PYTQ_MORE_V(X)
 #endif
-#endif
-        default:
-            return false;
+
+bool PYTQ_CAT(pytq_cuda_decode_, PYTQ_K)(ggml_backend_cuda_context * ctx, ggml_tensor * dst, bool check) {
+    const int slot = ((int) dst->src[1]->type - PYTQ_TYPE_BASE) % PYTQ_FAMILY_STRIDE;
+    const int v = (int) dst->src[2]->type;
+    constexpr int K = PYTQ_INDEX(PYTQ_K), OWN = PYTQ_INDEX(PYTQ_OWN_V);
+#define PYTQ_SLOT(s)                                                                                                   \
+    if (slot == s && v == id_of(OWN, s)) {                                                                             \
+        return run<id_of(K, s), id_of(OWN, s)>(ctx, dst, check);                                                       \
     }
+    PYTQ_SLOT(1)
+    PYTQ_SLOT(2) PYTQ_SLOT(3) PYTQ_SLOT(4) PYTQ_SLOT(5) PYTQ_SLOT(6)
+#undef PYTQ_SLOT
+#define PYTQ_V(name)                                                                                                   \
+    if (slot == 4 && v == id_of(PYTQ_INDEX(name), 4)) {                                                                \
+        return run<id_of(K, 4), id_of(PYTQ_INDEX(name), 4)>(ctx, dst, check);                                          \
+    }
+        PYTQ_MORE_V(PYTQ_V)
+#undef PYTQ_V
+            return false;
 }

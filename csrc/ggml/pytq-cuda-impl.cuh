@@ -2,7 +2,6 @@
 #pragma once
 
 #include "common.cuh"
-#include "cuda/attention-decode.cuh"
 
 #include "pytq.h"
 
@@ -12,14 +11,13 @@
 // rotation's result and whose op_params[pytq_rotate_output_param] is 1, and stores H x / sqrt(d) instead of x (H: Walsh
 // matrix in natural order). pytq_decode_rotates_output says that the decode launchers honour the flag.
 constexpr int pytq_rotate_output_param = 15;
-constexpr bool pytq_decode_rotates_output = false;
+constexpr bool pytq_decode_rotates_output = true; // head sizes 64, 128, 256
 
-// Attention of few query rows by the integer tensor-core kernel; false if this pair of types has no instance.
-// check: only tell.
-#define PYTQ_DECODE_FAMILIES(X) X(turbo2) X(turbo3) X(turbo4) X(kv2) X(kv3) X(kv4)
+// Attention of few query rows by the integer tensor-core kernel, one function per family of keys; false if there is no
+// instance for the values' type. check: only tell.
+#define PYTQ_DECODE_FAMILIES(X) X(turbo2) X(turbo3) X(turbo4) X(kv2) X(kv3) X(kv4) X(kv5) X(kv2s) X(kv3s) X(kv4s)
 
-#define PYTQ_DECLARE(name)                                                                                             \
-    bool pytq_cuda_decode_##name(ggml_backend_cuda_context * ctx, ggml_tensor * dst, ggml_type type_v, bool check);
+#define PYTQ_DECLARE(name) bool pytq_cuda_decode_##name(ggml_backend_cuda_context * ctx, ggml_tensor * dst, bool check);
 PYTQ_DECODE_FAMILIES(PYTQ_DECLARE)
 #undef PYTQ_DECLARE
 

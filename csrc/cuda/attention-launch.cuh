@@ -1,0 +1,92 @@
+// Host side of attention-decode.cuh: shape of the launch, cluster and dependent-launch attributes.
+#pragma once
+
+#include "attention-decode.cuh"
+
+#include <cstring>
+
+namespace pytq {
+
+// Clusters: 8 (the portable limit) where one cluster can join everything. Elsewhere their barrier costs more than the
+// parts that it saves (one layer of kv3 at 65536 tokens: 45 us with clusters of 2, 41 without).
+constexpr int decode_few_cluster = 8, decode_many_cluster = 1;
+
+struct decode_plan {
+    int shared_bytes = 0;
+    bool aligned = false; // blocks keep their alignment to words from token to token
+};
+
+struct decode_device {
+    int id, n_sm, shared_bytes; // shared memory that a block may ask for
+    int few_cluster, many_cluster;
+};
+
+inline cudaError_t decode_device_of(int id, bool clusters, decode_device & d) {
+    d.id = id;
+    d.few_cluster = clusters ? decode_few_cluster : 1, d.many_cluster = clusters ? decode_many_cluster : 1;
+    const cudaError_t e = cudaDeviceGetAttribute(&d.n_sm, cudaDevAttrMultiProcessorCount, id);
+    return e != cudaSuccess ? e : cudaDeviceGetAttribute(&d.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
+}
+
+// Completes p (everything a caller knows is set); if there is more than one part, p.meta must then be given
+// decode_part_rows() pairs and p.part as many rows of floats. BOTH: whether the instance for aligned blocks exists
+// beside the one for any.
+template <int KT, int VT, bool BOTH = true>
+cudaError_t decode_prepare(decode_params & p, decode_plan & plan, const decode_device & d) {
+    const int team = decode_plan_shape<type<KT>, type<VT>>(p);
+    plan.aligned = BOTH && p.k_slot % 4 == 0 && p.v_slot % 4 == 0;
+    const int teams = decode_max_teams<type<KT>>() > 1 && decode_buffers_at + 2 * team <= d.shared_bytes ? 2 : 1;
+    decode_plan_splits(p, d.n_sm, teams, d.few_cluster, d.many_cluster);
+    plan.shared_bytes = decode_buffers_at + p.teams * team;
+    const auto kernel = plan.aligned ? attention_decode<KT, VT, BOTH> : attention_decode<KT, VT, false>;
+    constexpr int MAX_DEVICES = 64;
+    static int granted[2][MAX_DEVICES] = {};
+    int & bytes = granted[plan.aligned][d.id % MAX_DEVICES];
+    if (bytes >= plan.shared_bytes && d.id < MAX_DEVICES) {
+        return cudaSuccess;
+    }
+    bytes = plan.shared_bytes;
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
+}
+
+inline size_t decode_part_rows(const decode_params & p) {
+    return p.n_parts > 1 ? (size_t) p.n_seq * p.n_head_kv * p.n_rows * p.n_parts : 0;
+}
+
+// dependent: the kernel before may still run when this one is launched (the kernels wait where they must).
+template <class F>
+cudaError_t decode_launch_one(F kernel, dim3 grid, int threads, int shared_bytes, int cluster, bool dependent,
+                              cudaStream_t stream, const decode_params & p) {
+    cudaLaunchAttribute attributes[2] = {};
+    cudaLaunchConfig_t c = {};
+    c.gridDim = grid, c.blockDim = dim3((unsigned) threads), c.dynamicSmemBytes = (size_t) shared_bytes,
+    c.stream = stream, c.attrs = attributes;
+    if (cluster > 1) {
+        cudaLaunchAttribute & a = attributes[c.numAttrs++];
+        a.id = cudaLaunchAttributeClusterDimension;
+        a.val.clusterDim.x = (unsigned) cluster, a.val.clusterDim.y = a.val.clusterDim.z = 1;
+    }
+    if (dependent) {
+        cudaLaunchAttribute & a = attributes[c.numAttrs++];
+        a.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        a.val.programmaticStreamSerializationAllowed = 1;
+    }
+    return cudaLaunchKernelEx(&c, kernel, p);
+}
+
+template <int KT, int VT, bool BOTH = true>
+cudaError_t decode_launch(const decode_params & p, const decode_plan & plan, bool dependent, cudaStream_t stream) {
+    const dim3 grid((unsigned) p.n_splits, (unsigned) (p.n_head_kv / p.heads_per_block),
+                    (unsigned) (p.n_seq * p.row_tiles));
+    const int threads = 32 * p.teams * p.heads_per_block * p.warps_per_head;
+    cudaError_t e = decode_launch_one(plan.aligned ? attention_decode<KT, VT, BOTH> : attention_decode<KT, VT, false>,
+                                      grid, threads, plan.shared_bytes, p.cluster, dependent, stream, p);
+    if (e == cudaSuccess && p.n_parts > 1) {
+        e = decode_launch_one(attention_join<type<KT>::d>,
+                              dim3((unsigned) p.n_rows, (unsigned) p.n_head_kv, (unsigned) p.n_seq), 32 * join_warps, 0,
+                              1, dependent, stream, p);
+    }
+    return e;
+}
+
+} // namespace pytq

@@ -1,0 +1,452 @@
+// Op-level harness for attention over compressed caches: checks it against double precision over the blocks as csrc/ref
+// decodes them, and times it.
+//
+//   attention_bench check            every compiled pair: shapes, masks, sinks, soft-cap, ALiBi, rotated output, f16
+//   slices attention_bench sanitize         the same on small sizes only attention_bench time [n_kv ...]  decode
+//   attention over rotating caches larger than L2, in CUDA graphs; f16 slices
+// Prints one JSON object per line; exit code 1 if a check fails.
+#include "../../csrc/cuda/attention-launch.cuh"
+#include "../../csrc/cuda/decode-values.cuh"
+#include "../../csrc/pytq.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#define CHECK(x)                                                                                                       \
+    do {                                                                                                               \
+        cudaError_t e_ = (x);                                                                                          \
+        if (e_ != cudaSuccess) {                                                                                       \
+            fprintf(stderr, "error: %s at %s:%d: %s\n", #x, __FILE__, __LINE__, cudaGetErrorString(e_));               \
+            exit(1);                                                                                                   \
+        }                                                                                                              \
+    } while (0)
+
+static bool failed = false;
+
+struct attention {
+    int n_kv, n_head_kv, gqa, n_q;
+    float softcap;
+    bool permuted;  // [d, n_kv, n_head] in memory instead of [d, n_head, n_kv]
+    int extras = 0; // 1: sinks and rotated output, 2: ALiBi
+};
+
+static bool dependent = true; // programmatic dependent launch
+
+template <int KT, int VT> struct runner {
+    attention a;
+    float *part = nullptr, *out = nullptr, *sinks = nullptr;
+    float2 * meta = nullptr;
+    pytq::decode_params p = {};
+    pytq::decode_plan plan;
+
+    void setup(const attention & a_, int sms) {
+        using K = pytq::type<KT>;
+        using V = pytq::type<VT>;
+        a = a_;
+        p.n_kv = a.n_kv, p.n_q = a.n_q, p.n_head_kv = a.n_head_kv, p.gqa = a.gqa, p.n_seq = p.n_seq_mask = 1;
+        p.q_nb1 = 4LL * K::d, p.q_nb2 = 4LL * K::d * a.n_q;
+        p.k_nb2 = a.permuted ? (long long) K::block_bytes * a.n_kv : K::block_bytes,
+        p.k_nb1 = a.permuted ? K::block_bytes : K::block_bytes * a.n_head_kv;
+        p.v_nb2 = a.permuted ? (long long) V::block_bytes * a.n_kv : V::block_bytes,
+        p.v_nb1 = a.permuted ? V::block_bytes : V::block_bytes * a.n_head_kv;
+        p.mask_nb1 = 2LL * a.n_kv;
+        p.scale = 1.0f / sqrtf((float) K::d), p.softcap = a.softcap;
+        const int n_head = a.n_head_kv * a.gqa;
+        p.rotate = a.extras == 1 && (K::d & (K::d - 1)) == 0, p.max_bias = a.extras == 2 ? 8.0f : 0.0f;
+        p.n_head_log2 = 1 << (int) floorf(log2f((float) n_head));
+        p.m0 = powf(2.0f, -p.max_bias / p.n_head_log2), p.m1 = powf(2.0f, -p.max_bias / 2.0f / p.n_head_log2);
+        if (a.extras == 1) {
+            std::vector<float> s(n_head);
+            for (int h = 0; h < n_head; h++) {
+                s[h] = 0.5f * h - 1.0f;
+            }
+            CHECK(cudaMalloc(&sinks, 4 * n_head));
+            CHECK(cudaMemcpy(sinks, s.data(), 4 * n_head, cudaMemcpyHostToDevice));
+            p.sinks = sinks;
+        }
+        pytq::decode_device device;
+        CHECK(pytq::decode_device_of(0, true, device));
+        device.n_sm = sms;
+        if (getenv("CLUSTER")) { // of many splits
+            device.many_cluster = atoi(getenv("CLUSTER"));
+        }
+        CHECK((pytq::decode_prepare<KT, VT>(p, plan, device)));
+        const size_t n = std::max<size_t>(1, pytq::decode_part_rows(p)), n_out = (size_t) n_head * a.n_q * K::d;
+        CHECK(cudaMalloc(&part, n * K::d * 4));
+        CHECK(cudaMalloc(&meta, n * 8));
+        CHECK(cudaMalloc(&out, n_out * 4));
+        CHECK(cudaMemset(out, 0xff, n_out * 4));
+        p.part = part, p.meta = meta, p.dst = (char *) out;
+    }
+    void run(const float * q, const char * k, const char * v, const char * mask, cudaStream_t s) {
+        p.q = (const char *) q, p.k = k, p.v = v, p.mask = mask;
+        p.mask_vectors = ((uintptr_t) p.mask | (uintptr_t) p.mask_nb1) % 16 == 0 && p.n_kv % 8 == 0;
+        CHECK((pytq::decode_launch<KT, VT>(p, plan, dependent, s)));
+    }
+    void free_all() { cudaFree(part), cudaFree(meta), cudaFree(out), cudaFree(sinks); }
+};
+
+static std::vector<float> gaussian(size_t n, unsigned seed, float scale = 1.0f) {
+    std::mt19937 r(seed);
+    std::normal_distribution<float> nd(0.0f, scale);
+    std::vector<float> x(n);
+    for (auto & v : x) {
+        v = nd(r);
+    }
+    return x;
+}
+
+template <class X> static X * upload(const std::vector<X> & x, size_t pad = 0) {
+    X * d;
+    CHECK(cudaMalloc(&d, x.size() * sizeof(X) + pad));
+    CHECK(cudaMemcpy(d, x.data(), x.size() * sizeof(X), cudaMemcpyHostToDevice));
+    return d;
+}
+
+// n_vec blocks of a type: vectors of a pool that csrc/ref encoded, in a scattered order.
+static std::vector<uint8_t> blocks_of(const pytq_type_info * t, size_t n_vec, unsigned seed) {
+    constexpr size_t POOL = 512;
+    static std::map<std::pair<int, unsigned>, std::vector<uint8_t>> pools;
+    std::vector<uint8_t> & pool = pools[{t->id, seed}];
+    if (pool.empty()) {
+        const std::vector<float> x = gaussian(POOL * t->head_dim, seed);
+        pool.resize(POOL * t->block_bytes);
+        pytq_quantize_ref(t, x.data(), pool.data(), (int64_t) x.size());
+    }
+    std::vector<uint8_t> out(n_vec * t->block_bytes);
+    for (size_t i = 0; i < n_vec; i++) {
+        memcpy(&out[i * t->block_bytes], &pool[(i * 2654435761u >> 7) % POOL * t->block_bytes], t->block_bytes);
+    }
+    return out;
+}
+
+template <int KT, int VT> static void check_attention(const char * name, attention a, bool with_mask, int sms) {
+    using K = pytq::type<KT>;
+    using V = pytq::type<VT>;
+    const int d = K::d, n_rows = a.gqa * a.n_q;
+    const pytq_type_info *tk = pytq_type_get(KT), *tv = pytq_type_get(VT);
+    const size_t n_vec = (size_t) a.n_kv * a.n_head_kv;
+    std::vector<float> q = gaussian((size_t) n_rows * a.n_head_kv * d, 1, 2.0f), key(d);
+    std::vector<uint8_t> kq = blocks_of(tk, n_vec, 2), vq = blocks_of(tv, n_vec, 3);
+    // token 5 is an attention sink: its key points along the first query
+    for (int h = 0; h < a.n_head_kv && a.n_kv > 5; h++) {
+        for (int c = 0; c < d; c++) {
+            key[c] = 0.8f * q[(size_t) h * a.gqa * a.n_q * d + c];
+        }
+        pytq_quantize_ref(tk, key.data(),
+                          &kq[(a.permuted ? (size_t) h * a.n_kv + 5 : (size_t) 5 * a.n_head_kv + h) * K::block_bytes],
+                          d);
+    }
+    float * dq = upload(q);
+    uint8_t *dkq = upload(kq, 128), *dvq = upload(vq, 128);
+    std::vector<uint16_t> mask((size_t) a.n_q * a.n_kv, 0);
+    std::mt19937 rng(5);
+    for (auto & m : mask) {
+        m = with_mask && rng() % 3 == 0 ? 0xfc00 : with_mask && rng() % 3 == 0 ? 0xbc00 /* -1 */ : 0;
+    }
+    uint16_t * dm = upload(mask);
+    runner<KT, VT> r;
+    r.setup(a, sms);
+    r.run(dq, (char *) dkq, (char *) dvq, with_mask ? (char *) dm : nullptr, 0);
+    std::vector<float> out((size_t) n_rows * a.n_head_kv * d);
+    CHECK(cudaMemcpy(out.data(), r.out, out.size() * 4, cudaMemcpyDeviceToHost));
+    double err = 0, ref2 = 0;
+    int bad = 0, bad_at = -1;
+    std::vector<float> x(d);
+    for (int h = 0; h < a.n_head_kv; h += a.n_kv > 4096 ? 3 : 1) {
+        std::vector<float> kd((size_t) a.n_kv * d), vd(kd.size());
+        for (int t = 0; t < a.n_kv; t++) {
+            const size_t at = a.permuted ? (size_t) h * a.n_kv + t : (size_t) t * a.n_head_kv + h;
+            pytq_dequantize_ref(tk, &kq[at * K::block_bytes], &kd[(size_t) t * d], d);
+            pytq_dequantize_ref(tv, &vq[at * V::block_bytes], &vd[(size_t) t * d], d);
+        }
+        for (int row = 0; row < n_rows; row++) {
+            const int head = h * a.gqa + row % a.gqa, iq = row / a.gqa;
+            const float * qv = &q[((size_t) head * a.n_q + iq) * d];
+            std::vector<double> s(a.n_kv);
+            double top = -1e300, sum = 0;
+            for (int t = 0; t < a.n_kv; t++) {
+                double dot = 0;
+                for (int c = 0; c < d; c++) {
+                    dot += (double) qv[c] * kd[(size_t) t * d + c];
+                }
+                dot /= sqrt((double) d);
+                if (a.softcap > 0) {
+                    dot = a.softcap * tanh(dot / a.softcap);
+                }
+                const uint16_t m = with_mask ? mask[(size_t) iq * a.n_kv + t] : 0;
+                const int n2 = 1 << (int) floor(log2((double) a.n_head_kv * a.gqa));
+                const double slope = a.extras != 2 ? 1.0
+                                     : head < n2   ? pow(2.0, -8.0 / n2 * (head + 1))
+                                                   : pow(2.0, -4.0 / n2 * (2 * (head - n2) + 1));
+                s[t] = m == 0xfc00 ? -INFINITY : dot + (m ? -slope : 0.0);
+                top = std::max(top, s[t]);
+            }
+            if (a.extras == 1) {
+                top = std::max(top, 0.5 * head - 1.0);
+                sum += exp(0.5 * head - 1.0 - top);
+            }
+            std::vector<double> o(d, 0.0);
+            for (int t = 0; t < a.n_kv; t++) {
+                const double w = exp(s[t] - top);
+                sum += w;
+                for (int c = 0; c < d; c++) {
+                    o[c] += w * vd[(size_t) t * d + c];
+                }
+            }
+            if (r.p.rotate) {
+                std::vector<double> w(d, 0.0);
+                for (int c = 0; c < d; c++) {
+                    for (int b = 0; b < d; b++) {
+                        w[c] += (__builtin_popcount(b & c) & 1 ? -o[b] : o[b]) / sqrt((double) d);
+                    }
+                }
+                o = w;
+            }
+            for (int c = 0; c < d; c++) {
+                const double e = out[((size_t) iq * a.n_head_kv * a.gqa + head) * d + c] - (sum > 0 ? o[c] / sum : 0.0);
+                if (!(fabs(e) < 1e-2)) {
+                    bad++, bad_at = head * d + c;
+                }
+                err += std::isfinite(e) ? e * e : 1e9, ref2 += sum > 0 ? o[c] / sum * o[c] / sum : 0.0;
+            }
+        }
+    }
+    const double rel = sqrt(err / (ref2 + 1e-30));
+    const bool ok = rel < 2e-3;
+    failed |= !ok;
+    printf("{\"check\": \"attention\", \"types\": \"%s\", \"n_kv\": %d, \"n_head_kv\": %d, \"gqa\": %d, \"n_q\": %d, "
+           "\"mask\": %d, \"softcap\": %g, \"permuted\": %d, \"extras\": %d, \"splits\": %d, \"cluster\": %d, "
+           "\"rel_err\": %.3g, \"bad\": %d, \"bad_at\": %d, \"ok\": %s}\n",
+           name, a.n_kv, a.n_head_kv, a.gqa, a.n_q, with_mask, a.softcap, a.permuted, a.extras, r.p.n_splits,
+           r.p.cluster, rel, bad, bad_at, ok ? "true" : "false");
+    r.free_all();
+    cudaFree(dq), cudaFree(dkq), cudaFree(dvq), cudaFree(dm);
+}
+
+template <class F> static double median_us(F f, int n) {
+    cudaEvent_t e0, e1;
+    CHECK(cudaEventCreate(&e0));
+    CHECK(cudaEventCreate(&e1));
+    std::vector<double> us;
+    for (int i = 0; i < 5; i++) {
+        f(i);
+    }
+    for (int r = 0; r < 7; r++) {
+        CHECK(cudaEventRecord(e0));
+        for (int i = 0; i < n; i++) {
+            f(i);
+        }
+        CHECK(cudaEventRecord(e1));
+        CHECK(cudaEventSynchronize(e1));
+        float ms;
+        CHECK(cudaEventElapsedTime(&ms, e0, e1));
+        us.push_back(1e3 * ms / n);
+    }
+    std::sort(us.begin(), us.end());
+    return us[us.size() / 2];
+}
+
+template <int KT, int VT> static void time_attention(const char * name, attention a, int sms, double gbs) {
+    using K = pytq::type<KT>;
+    using V = pytq::type<VT>;
+    const size_t n_vec = (size_t) a.n_kv * a.n_head_kv;
+    const int sets =
+        (int) std::min<size_t>(24, std::max<size_t>(4, (size_t) 400e6 / (n_vec * (K::block_bytes + V::block_bytes))));
+    float * q = upload(gaussian((size_t) a.gqa * a.n_q * a.n_head_kv * K::d, 1, 2.0f));
+    char *k, *v;
+    CHECK(cudaMalloc(&k, sets * (n_vec * K::block_bytes + 256)));
+    CHECK(cudaMalloc(&v, sets * (n_vec * V::block_bytes + 256)));
+    const size_t ks = (n_vec * K::block_bytes + 255) / 256 * 256, vs = (n_vec * V::block_bytes + 255) / 256 * 256;
+    const std::vector<uint8_t> kb = blocks_of(pytq_type_get(KT), n_vec, 2), vb = blocks_of(pytq_type_get(VT), n_vec, 3);
+    CHECK(cudaMemcpy(k, kb.data(), kb.size(), cudaMemcpyHostToDevice));
+    CHECK(cudaMemcpy(v, vb.data(), vb.size(), cudaMemcpyHostToDevice));
+    for (int s = 1; s < sets; s++) {
+        CHECK(cudaMemcpy(k + s * ks, k, kb.size(), cudaMemcpyDeviceToDevice));
+        CHECK(cudaMemcpy(v + s * vs, v, vb.size(), cudaMemcpyDeviceToDevice));
+    }
+    std::vector<uint16_t> zero((size_t) a.n_q * a.n_kv, 0);
+    uint16_t * mask = upload(zero);
+    runner<KT, VT> r;
+    r.setup(a, sms);
+    // graph of `sets` layers, as in a model
+    cudaStream_t st;
+    CHECK(cudaStreamCreate(&st));
+    auto graph_us = [&] {
+        cudaGraph_t graph;
+        cudaGraphExec_t exec;
+        CHECK(cudaStreamBeginCapture(st, cudaStreamCaptureModeGlobal));
+        for (int s = 0; s < sets; s++) {
+            r.run(q, k + s * ks, v + s * vs, (char *) mask, st);
+        }
+        CHECK(cudaStreamEndCapture(st, &graph));
+        CHECK(cudaGraphInstantiate(&exec, graph, 0));
+        std::vector<double> us;
+        cudaEvent_t e0, e1;
+        CHECK(cudaEventCreate(&e0));
+        CHECK(cudaEventCreate(&e1));
+        for (int i = 0; i < 12; i++) {
+            CHECK(cudaEventRecord(e0, st));
+            CHECK(cudaGraphLaunch(exec, st));
+            CHECK(cudaEventRecord(e1, st));
+            CHECK(cudaEventSynchronize(e1));
+            float ms;
+            CHECK(cudaEventElapsedTime(&ms, e0, e1));
+            us.push_back(1e3 * ms / sets);
+        }
+        std::sort(us.begin(), us.end());
+        return us[us.size() / 2];
+    };
+    const double all = graph_us();
+    const double bytes = (double) n_vec * (K::block_bytes + V::block_bytes);
+    printf("{\"time\": \"decode attention\", \"types\": \"%s\", \"n_kv\": %d, \"n_head_kv\": %d, \"gqa\": %d, \"n_q\": "
+           "%d, \"us\": %.2f, \"splits\": %d, \"cluster\": %d, "
+           "\"GBs\": %.0f, \"floor_us\": %.2f, \"of_floor\": %.2f}\n",
+           name, a.n_kv, a.n_head_kv, a.gqa, a.n_q, all, r.p.n_splits, r.p.cluster, bytes / all * 1e-3,
+           bytes / gbs * 1e-3, all / (bytes / gbs * 1e-3));
+    fflush(stdout);
+    r.free_all();
+    cudaFree(q), cudaFree(k), cudaFree(v), cudaFree(mask);
+}
+
+// f16 slices against the reference.
+template <int ID> static void check_slice(const char * name, int n_tok, int n_head) {
+    using T = pytq::type<ID>;
+    const pytq_type_info * t = pytq_type_get(ID);
+    const size_t n_vec = (size_t) n_tok * n_head;
+    const std::vector<uint8_t> blocks = blocks_of(t, n_vec, 5);
+    uint8_t * y = upload(blocks, 64);
+    std::vector<float> want(n_vec * T::d);
+    pytq_dequantize_ref(t, blocks.data(), want.data(), (int64_t) want.size());
+    __half * o;
+    CHECK(cudaMalloc(&o, want.size() * 2));
+    CHECK(cudaMemset(o, 0xff, want.size() * 2));
+    const pytq::slice_params p = {(const char *) y, o, n_head * T::block_bytes, T::block_bytes, n_tok, n_head};
+    pytq::decode_slice<ID><<<pytq::slice_grid<ID>(p), 256>>>(p);
+    CHECK(cudaGetLastError());
+    std::vector<__half> got(want.size());
+    CHECK(cudaMemcpy(got.data(), o, got.size() * 2, cudaMemcpyDeviceToHost));
+    double worst = 0;
+    for (int tok = 0; tok < n_tok; tok++) {
+        for (int h = 0; h < n_head; h++) {
+            for (int c = 0; c < T::d; c++) {
+                const double w = want[((size_t) tok * n_head + h) * T::d + c],
+                             g = __half2float(got[((size_t) h * n_tok + tok) * T::d + c]);
+                const double e = fabs(g - w) / (fabs(w) + 1e-3);
+                worst = std::isfinite(e) ? std::max(worst, e) : 1e9;
+            }
+        }
+    }
+    failed |= !(worst < 1.5e-3);
+    printf("{\"check\": \"f16 slice\", \"type\": \"%s\", \"tokens\": %d, \"worst\": %.3g, \"ok\": %s}\n", name, n_tok,
+           worst, worst < 1.5e-3 ? "true" : "false");
+    cudaFree(y), cudaFree(o);
+}
+
+template <int ID> static void time_slice(const char * name, int n_tok) {
+    using T = pytq::type<ID>;
+    char * k;
+    __half * o;
+    CHECK(cudaMalloc(&k, (size_t) n_tok * 8 * T::block_bytes + 256));
+    CHECK(cudaMemset(k, 0x5a, (size_t) n_tok * 8 * T::block_bytes));
+    CHECK(cudaMalloc(&o, (size_t) n_tok * 8 * T::d * 2));
+    pytq::slice_params p = {k, o, 8 * T::block_bytes, T::block_bytes, n_tok, 8};
+    const double us = median_us([&](int) { pytq::decode_slice<ID><<<pytq::slice_grid<ID>(p), 256>>>(p); }, 20);
+    CHECK(cudaGetLastError());
+    printf("{\"time\": \"f16 slice\", \"type\": \"%s\", \"tokens\": %d, \"us\": %.2f, \"TBs_written\": %.2f}\n", name,
+           n_tok, us, 16e-6 * n_tok * T::d / us);
+    cudaFree(k), cudaFree(o);
+}
+
+constexpr int id_of(int family, int slot) {
+    return PYTQ_TYPE_BASE + PYTQ_FAMILY_STRIDE * family + slot;
+}
+#define ID(name, slot) id_of(PYTQ_FAMILY_INDEX_##name, slot)
+// Pairs (name, type of K, type of V): the first list is timed, both are checked.
+#define TIMED(X)                                                                                                       \
+    X("kv3/kv3", ID(kv3, 4), ID(kv3, 4))                                                                               \
+    X("kv4/kv4", ID(kv4, 4), ID(kv4, 4)) X("turbo3/turbo3", ID(turbo3, 4), ID(turbo3, 4))                              \
+        X("turbo4/turbo4", ID(turbo4, 4), ID(turbo4, 4)) X("kv3s/kv3", ID(kv3s, 4), ID(kv3, 4))
+#ifdef MORE
+#define CHECKED(X)                                                                                                     \
+    X("kv4/kv2", ID(kv4, 4), ID(kv2, 4))                                                                               \
+    X("kv5/kv5", ID(kv5, 4), ID(kv5, 4)) X("turbo2/turbo2", ID(turbo2, 4), ID(turbo2, 4))                              \
+        X("kv2s/kv2", ID(kv2s, 4), ID(kv2, 4)) X("kv4s/kv4", ID(kv4s, 4), ID(kv4, 4))                                  \
+            X("kv3s/kv3 d64", ID(kv3s, 1), ID(kv3, 1)) X("kv4s/kv4 d64", ID(kv4s, 1), ID(kv4, 1))                      \
+                X("kv3/kv3 d64", ID(kv3, 1), ID(kv3, 1)) X("kv3/kv3 d80", ID(kv3, 2), ID(kv3, 2))                      \
+                    X("kv4/kv4 d96", ID(kv4, 3), ID(kv4, 3)) X("kv3/kv3 d192", ID(kv3, 5), ID(kv3, 5))                 \
+                        X("kv4/kv4 d256", ID(kv4, 6), ID(kv4, 6))
+#else
+#define CHECKED(X)
+#endif
+
+int main(int argc, char ** argv) {
+    cudaDeviceProp prop;
+    CHECK(cudaGetDeviceProperties(&prop, 0));
+    const int sms = prop.multiProcessorCount;
+    printf("{\"device\": \"%s\", \"sms\": %d, \"l2_mb\": %d}\n", prop.name, sms, prop.l2CacheSize >> 20);
+    dependent = getenv("GGML_CUDA_PDL") == nullptr || atoi(getenv("GGML_CUDA_PDL"));
+    const std::string mode = argc > 1 ? argv[1] : "check";
+    if (mode == "check" || mode == "sanitize") {
+        const bool small = mode == "sanitize";
+        check_slice<ID(kv3, 4)>("kv3_d128", 1003, 3);
+        check_slice<ID(kv4, 4)>("kv4_d128", 300, 8);
+        check_slice<ID(turbo3, 3)>("turbo3_d96", 77, 2);
+        check_slice<ID(kv2, 1)>("kv2_d64", 129, 5);
+        check_slice<ID(kv4, 6)>("kv4_d256", 65, 2);
+        for (const attention & a : std::vector<attention>{{1000, 8, 4, 1, 0, false, 1},
+                                                          {113, 2, 3, 3, 0, true, 2},
+                                                          {77, 3, 1, 1, 30.0f, false},
+                                                          {1, 1, 8, 2, 0, false, 1},
+                                                          {2000, 1, 4, 1, 0, false},
+                                                          {600, 32, 1, 5, 0, false}}) {
+            if (small && (a.n_head_kv > 8 || a.n_kv > 1000)) {
+                continue;
+            }
+            for (int m = 0; m < 2; m++) {
+#define X(name, kt, vt) check_attention<kt, vt>(name, a, m, sms);
+                TIMED(X) CHECKED(X)
+#undef X
+            }
+        }
+        if (!small) {
+            for (int m = 0; m < 2; m++) { // several tiles per team
+                check_attention<ID(kv3, 4), ID(kv3, 4)>("kv3/kv3", {65536, 8, 4, 1, 0, false}, m, sms);
+                check_attention<ID(turbo4, 4), ID(turbo4, 4)>("turbo4/turbo4", {65536 - 17, 8, 4, 1, 0, false}, m, sms);
+                check_attention<ID(kv4, 4), ID(kv4, 4)>("kv4/kv4", {20001, 2, 4, 1, 0, true, 1}, m, 3);
+            }
+        }
+    } else {
+        char *c0, *c1;
+        CHECK(cudaMalloc(&c0, 2000u << 20));
+        CHECK(cudaMalloc(&c1, 2000u << 20));
+        const double copy_us =
+            median_us([&](int) { cudaMemcpyAsync(c0, c1, 2000u << 20, cudaMemcpyDeviceToDevice); }, 3);
+        const double gbs = 2.0 * (2000u << 20) / copy_us * 1e-3;
+        printf("{\"time\": \"copy\", \"GBs\": %.0f}\n", gbs);
+        cudaFree(c0), cudaFree(c1);
+        std::vector<int> sizes;
+        for (int i = 2; i < argc; i++) {
+            sizes.push_back(atoi(argv[i]));
+        }
+        for (int n : sizes.empty() ? std::vector<int>{65536, 16384, 512} : sizes) {
+            const attention a = {n, 8, 4, 1, 0, false};
+#define X(name, kt, vt) time_attention<kt, vt>(name, a, sms, gbs);
+            TIMED(X)
+#undef X
+        }
+        time_slice<ID(kv3, 4)>("kv3_d128", 8192);
+        time_slice<ID(kv4, 4)>("kv4_d128", 8192);
+        time_slice<ID(turbo3, 4)>("turbo3_d128", 8192);
+    }
+    CHECK(cudaDeviceSynchronize());
+    return failed ? 1 : 0;
+}
