@@ -23,17 +23,3 @@ const std::vector<ggml_type> & pytq_stock_cache_types();
 // Flags that the patches add to --cache-type-k / --cache-type-v, and their ids; GGML_TYPE_COUNT for an unknown name.
 const std::vector<ggml_type> & pytq_cache_types();
 ggml_type pytq_cache_type_from_name(const std::string & name);
-
-// A tree with an earlier version of the series still calls these.
-inline int pytq_kv_rot_size(ggml_type type, int32_t head_dim, int n_stock) {
-    return pytq_is_type(type) ? head_dim : n_stock;
-}
-inline bool pytq_kv_can_shift(ggml_type type_k, uint32_t head_dim, uint32_t n_rot) {
-    return !pytq_is_type(type_k) || head_dim == n_rot;
-}
-inline void pytq_kv_add_hadamard(std::unordered_map<int64_t, std::vector<float>> & table, ggml_type type,
-                                 int32_t head_dim) {
-    if (pytq_is_type(type)) {
-        pytq_kv_add_hadamard(table, head_dim);
-    }
-}

@@ -26,9 +26,6 @@ LLAMA_API void pytq_set_kv_profile(const char * path);
 
 // Which file a model came from ('' if none) and its metadata, told by the loader.
 void pytq_model_loaded(const llama_model * model, const gguf_context * metadata, const std::string & path);
-inline void pytq_model_loaded(const llama_model * model, const std::string & path) { // earlier version of the series
-    pytq_model_loaded(model, nullptr, path);
-}
 void pytq_model_freed(const llama_model * model);
 
 // One layer's transform, on that layer's device.
