@@ -1,21 +1,21 @@
 // Bit planes to int8 levels for attention: which coordinates a lane decodes, and how, with as little work for the
 // integer pipe as possible.
 //
-// Operations per 32 values (one word of every plane), by the pipe that runs them; the integer (ALU) pipe and the FMA
-// pipe's multiplier take a warp every second cycle, a multiplication that keeps the high half every fourth:
-//                                        ALU              FMA (multiplier)       shared memory
-//   kv3     realign, history             4                                       6 loads
+// Operations per 32 values (one word of every plane), by the pipe that runs them; either takes a warp every second cycle:
+//                                        integer (ALU)          multiplier (FMA)       shared memory
+//   kv3     realign, history             4                                             6 loads
 //           subset bits, sign folded in  8
-//           planes -> selectors          8                7 shifts
-//           merge selectors              4                3 shifts
-//           upper halves of selectors                     8 shifts
-//           look-up of 16 levels         16 permutes      8 negations
-//                                        40 = 80 cycles   26 = 78 cycles         66 instructions issued
-//   kv4     one more plane, 32 levels    62 = 124 cycles  41 = 126 cycles        101
-//   turbo3  8 levels, no subset bits     19 = 38 cycles   11 = 38 cycles         36
-// Two ideas make the table small: codebooks are antisymmetric, so half of a table is looked up and the other half is
-// its negative (bytewise negation is one multiply-add because no level is 0), and right shifts are multiplications by a
-// power of two that the compiler cannot see.
+//           planes -> selectors          12                     3 left shifts
+//           merge selectors              5                      2 left shifts
+//           upper halves of selectors    8
+//           look-up of 16 levels         16 permutes            8 negations
+//                                        53                     13
+//   kv4     one more plane, 32 levels    80                     15                     8 loads
+//   turbo3  8 levels, no subset bits     27                     3                      6 loads
+// A full table of 16 levels takes 24 permutes instead of 16, one of 32 levels 56 instead of 32. Codebooks are
+// antisymmetric, so half of a table is looked up and the other half is its negative; bytewise negation is one multiply-add
+// because no level is 0. Right shifts as multiplications that keep the high half would level the two pipes on paper; on
+// an H100 they cost 2 % (they issue at a quarter of the rate).
 #pragma once
 
 #include "device.cuh"
