@@ -22,10 +22,10 @@ from pathlib import Path
 
 from pytq import paths
 
-CLANG = ("clang-19", "lld-19", "llvm-19")
+CLANG = ("clang-19", "clang-tools-19", "lld-19", "llvm-19")
 ROCM = ("rocm-device-libs-17", "libamdhip64-dev", "libhipblas-dev", "libhsa-runtime-dev")
 ROCM_SUITE = "trixie"
-PROGRAMS = ("clang++", "llvm-readelf", "llvm-objdump", "ld.lld")
+PROGRAMS = ("clang++", "clang-offload-bundler", "llvm-readelf", "llvm-objdump", "ld.lld")
 # GPUs newer than the packaged device libraries: number and the constant that device code reads
 NEWER = {"1200": 12000, "1201": 12001}
 ISA_VERSION = """target triple = "amdgcn-amd-amdhsa"
@@ -48,6 +48,11 @@ class Unavailable(Exception):
 def location() -> Path:
     """Where the toolchain is or will be; `bin/` in it holds the programs."""
     return paths.home() / "toolchains" / "hip"
+
+
+def complete() -> bool:
+    """Whether every program is there; an older toolchain may lack some."""
+    return all((location() / "bin" / name).exists() for name in PROGRAMS)
 
 
 def run(*command: str, **options: object) -> str:
@@ -165,7 +170,7 @@ def main(arguments: list[str]) -> int:
         return 2
     target = location()
     try:
-        if "--force" in arguments or not (target / "bin" / "clang++").exists():
+        if "--force" in arguments or not complete():
             fetch()
     except Unavailable as reason:
         print(f"no HIP toolchain: {reason}", file=sys.stderr)

@@ -26,7 +26,7 @@ def ccache() -> list[str]:
 @pytest.fixture(scope="session")
 def hip() -> Path:
     """The compiler for AMD code objects, fetched on first use; skips with the reason where it cannot be had."""
-    if not (fetch_hip.location() / "bin" / "clang++").exists():
+    if not fetch_hip.complete():
         try:
             fetch_hip.fetch()
         except (fetch_hip.Unavailable, PytqError) as reason:
