@@ -362,6 +362,22 @@ void write_row(const pytq_attn *a, const pytq_type_info *tv, int stream, int hk,
     }
 }
 
+// Asks for the blocks of the next tile while this one is worked on. Rows of a head lie apart by the rows of the others, and a
+// cache that comes from memory would make every tile wait for its first lines.
+PYTQ_INLINE void prefetch_tile(const kv_rows *r, int at, int end) {
+    if (!r->t) {
+        return;
+    }
+    const int stop = end - at < T ? end : at + T;
+    for (int i = at; i < stop; i++) {
+        const uint8_t *row = r->rows + (size_t) i * r->stride;
+        for (int b = 0; b < r->t->block_bytes; b += 64) {
+            __builtin_prefetch(row + b);
+        }
+        __builtin_prefetch(row + r->t->block_bytes - 1);
+    }
+}
+
 template <class Tier>
 void run_item(const pytq_attn *a, const pytq_attn_plan *plan, int item, void *scratch, void *partials) {
     // KV heads run fastest, so that the lines of a cache row that two heads share are still near
@@ -443,6 +459,7 @@ void run_item(const pytq_attn *a, const pytq_attn_plan *plan, int item, void *sc
             continue;
         }
         const bool last = i0 + n >= a->n_kv;
+        prefetch_tile(&k, i0 + T, end);
         if (k.integer) {
             Tier::k_tile(k.t, k.rows + (size_t) i0 * k.stride, k.stride, n, last, x, k_scale);
             Tier::qk(k.t, qa, a_row, q_scale, q_corr, nr, n, x, k_scale, s);
@@ -451,6 +468,7 @@ void run_item(const pytq_attn *a, const pytq_attn_plan *plan, int item, void *sc
             qk_float((const float *) qa, nr, a->dk, (const float *) x, n, s);
         }
         float v_top = 1.0f;
+        prefetch_tile(&v, i0 + T, end);
         if (v.integer) {
             Tier::v_tile(v.t, v.rows + (size_t) i0 * v.stride, v.stride, n, last, x, v_scale);
             v_top = 0.0f;
