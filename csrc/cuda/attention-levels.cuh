@@ -1,7 +1,8 @@
 // Bit planes to int8 levels for attention: which coordinates a lane decodes, and how, with as little work for the
 // integer pipe as possible.
 //
-// Operations per 32 values (one word of every plane), by the pipe that runs them; either takes a warp every second cycle:
+// Operations per 32 values (one word of every plane), by the pipe that runs them; either takes a warp every second
+// cycle:
 //                                        integer (ALU)          multiplier (FMA)       shared memory
 //   kv3     realign, history             4                                             6 loads
 //           subset bits, sign folded in  8
@@ -13,9 +14,9 @@
 //   kv4     one more plane, 32 levels    80                     15                     8 loads
 //   turbo3  8 levels, no subset bits     27                     3                      6 loads
 // A full table of 16 levels takes 24 permutes instead of 16, one of 32 levels 56 instead of 32. Codebooks are
-// antisymmetric, so half of a table is looked up and the other half is its negative; bytewise negation is one multiply-add
-// because no level is 0. Right shifts as multiplications that keep the high half would level the two pipes on paper; on
-// an H100 they cost 2 % (they issue at a quarter of the rate).
+// antisymmetric, so half of a table is looked up and the other half is its negative; bytewise negation is one
+// multiply-add because no level is 0. Right shifts as multiplications that keep the high half would level the two pipes
+// on paper; on an H100 they cost 2 % (they issue at a quarter of the rate).
 #pragma once
 
 #include "device.cuh"

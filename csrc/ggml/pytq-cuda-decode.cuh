@@ -99,7 +99,8 @@ bool PYTQ_CAT(pytq_cuda_decode_, PYTQ_K)(ggml_backend_cuda_context * ctx, ggml_t
         return run<id_of(K, s), id_of(OWN, s)>(ctx, dst, check);                                                       \
     }
     PYTQ_SLOT(1)
-    PYTQ_SLOT(2) PYTQ_SLOT(3) PYTQ_SLOT(4) PYTQ_SLOT(5) PYTQ_SLOT(6)
+    PYTQ_SLOT(2)
+    PYTQ_SLOT(3) PYTQ_SLOT(4) PYTQ_SLOT(5) PYTQ_SLOT(6)
 #undef PYTQ_SLOT
 #define PYTQ_V(name)                                                                                                   \
     if (slot == 4 && v == id_of(PYTQ_INDEX(name), 4)) {                                                                \
