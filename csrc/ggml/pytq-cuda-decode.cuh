@@ -100,13 +100,16 @@ bool PYTQ_CAT(pytq_cuda_decode_, PYTQ_K)(ggml_backend_cuda_context * ctx, ggml_t
     }
     PYTQ_SLOT(1)
     PYTQ_SLOT(2)
-    PYTQ_SLOT(3) PYTQ_SLOT(4) PYTQ_SLOT(5) PYTQ_SLOT(6)
+    PYTQ_SLOT(3)
+    PYTQ_SLOT(4)
+    PYTQ_SLOT(5)
+    PYTQ_SLOT(6)
 #undef PYTQ_SLOT
 #define PYTQ_V(name)                                                                                                   \
     if (slot == 4 && v == id_of(PYTQ_INDEX(name), 4)) {                                                                \
         return run<id_of(K, 4), id_of(PYTQ_INDEX(name), 4)>(ctx, dst, check);                                          \
     }
-        PYTQ_MORE_V(PYTQ_V)
+    PYTQ_MORE_V(PYTQ_V)
 #undef PYTQ_V
-            return false;
+    return false;
 }
