@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pytq import build, estimate, evaluate, paths
+from pytq import build, estimate, evaluate, fetch, paths
 from pytq.errors import PytqError
 from pytq.gguf.layout import read_layout
 from pytq.model import default_model
@@ -104,7 +104,7 @@ def measure(model: Path, profile: Path, again: bool = False) -> tuple[list[dict[
     key: dict[str, Any] = {
         "builds": {kind: [str(found.root), found.info.get("date")] for kind, found in builds.items()},
         "model": str(model),
-        "profile": evaluate.file_hash(profile),
+        "profile": fetch.sha256_file(profile),
         "kld": [CTX, CHUNKS],
         "depth": DEPTH,
         "n_gen": N_GEN,

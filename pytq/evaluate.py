@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pytq import estimate, figures
+from pytq import estimate, fetch, figures
 from pytq.errors import PytqError
 from pytq.gguf.layout import read_layout
 from pytq.paths import BuildDir, home, writable
@@ -115,25 +115,16 @@ def parse_statistics(output: str) -> dict[str, float]:
     return out
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    h = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            h.update(piece)
-    return h.hexdigest()
-
-
 def content_key(setup: Setup, build: BuildDir) -> str:
     """Name of the reference logits: what they depend on, hashed."""
     library = sorted(build.lib.glob("libllama.*"))[0].resolve()
     facts = [
         METRIC_VERSION,
-        file_hash(setup.model),
-        file_hash(setup.text),
+        fetch.sha256_file(setup.model),
+        fetch.sha256_file(setup.text),
         setup.ctx,
         setup.chunks,
-        file_hash(library),
+        fetch.sha256_file(library),
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
 

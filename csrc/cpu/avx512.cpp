@@ -470,6 +470,14 @@ void pv_rows(const uint8_t * w, int quads, const uint8_t * x, int width, const f
     }
 }
 
+// The sum of 16 lanes in hsum's order.
+PYTQ_INLINE float fold16(__m512 v) {
+    const __m256 a = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    const __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 c = _mm_add_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_add_ss(c, _mm_shuffle_ps(c, c, 1)));
+}
+
 struct Tier {
     static void quantize(const pytq_type_info * t, const float * x, void * y, int64_t n);
     static void dequantize(const pytq_type_info * t, const void * y, float * x, int64_t n);
@@ -492,12 +500,7 @@ struct Tier {
     static vf halves(const uint16_t * p) { return (vf) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)); }
     static vf maximum(vf a, vf b) { return (vf) _mm512_max_ps((__m512) a, (__m512) b); }
     static float max16(vf v) { return _mm512_reduce_max_ps((__m512) v); }
-    static float sum16(vf v) { // hsum's order
-        const __m256 a = _mm256_add_ps(_mm512_castps512_ps256((__m512) v), _mm512_extractf32x8_ps((__m512) v, 1));
-        const __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-        const __m128 c = _mm_add_ps(b, _mm_movehl_ps(b, b));
-        return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
-    }
+    static float sum16(vf v) { return fold16((__m512) v); }
 
     static mask_state mask_of(const uint16_t * m, int n) {
         zi any = _mm512_setzero_si512();
@@ -698,13 +701,6 @@ struct encoder_tables {
 static const encoder_tables & tables() {
     static const encoder_tables t;
     return t;
-}
-
-PYTQ_INLINE float fold16(__m512 v) {
-    const __m256 a = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
-    const __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-    const __m128 c = _mm_add_ps(b, _mm_movehl_ps(b, b));
-    return _mm_cvtss_f32(_mm_add_ss(c, _mm_shuffle_ps(c, c, 1)));
 }
 
 static float sum_product(const float * a, const float * b, int n) {

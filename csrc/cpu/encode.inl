@@ -66,12 +66,7 @@ float sum_product(const float *a, const float *b, int n) {
         const float p = a[i] * b[i];
         lane[i % 16] += p;
     }
-    for (int w = 8; w > 0; w /= 2) {
-        for (int j = 0; j < w; j++) {
-            lane[j] += lane[j + w];
-        }
-    }
-    return lane[0];
+    return hsum(load(lane));
 }
 
 // Number of limits below each of 16 values, and the level there. Plain loops: compilers turn them into compares and blends of
