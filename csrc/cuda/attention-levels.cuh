@@ -58,24 +58,6 @@ template <int CODE, int BITS> struct half_table {
     }
 };
 
-// Four levels; sel: 3-bit indices, m[]: merge selectors of the further index bits.
-template <int CODE, int BITS, int NB, int BASE>
-PYTQ_DEV uint32_t look_up(const half_table<CODE, BITS> & t, uint32_t sel, const uint32_t * m) {
-    if constexpr (NB <= 3) {
-        return permute(t.even[BASE / 8], book<CODE, BITS>::template word<BASE / 4 + 1>, sel);
-    } else {
-        const uint32_t lo = look_up<CODE, BITS, NB - 1, BASE>(t, sel, m);
-        const uint32_t hi = look_up<CODE, BITS, NB - 1, BASE + (1 << (NB - 1))>(t, sel, m);
-        return permute(lo, hi, m[NB - 4]);
-    }
-}
-
-// Nibble n: n, plus 4 where the plane has a one at coordinate 4 n + K.
-template <int K> PYTQ_DEV uint32_t merge_nibbles(uint32_t plane) {
-    const uint32_t s = K < 2 ? plane << (2 - K) : plane >> (K - 2);
-    return blend(0x44444444u, s, 0x32103210u);
-}
-
 template <int CODE, int BITS, int K>
 PYTQ_DEV void look_up8(const half_table<CODE, BITS> & t, const hidden_constants & c, uint32_t bias, uint32_t w,
                        const uint32_t * index, uint32_t out[2]) {
@@ -84,11 +66,11 @@ PYTQ_DEV void look_up8(const half_table<CODE, BITS> & t, const hidden_constants 
     uint32_t m[4], mh[4];
 #pragma unroll
     for (int b = 3; b < NB; b++) {
-        m[b - 3] = merge_nibbles<K>(index[b]);
+        m[b - 3] = merge_selector<K>(index[b]);
         mh[b - 3] = m[b - 3] >> 16;
     }
-    out[0] = look_up<CODE, BITS, LOW, 0>(t, w, m);
-    out[1] = look_up<CODE, BITS, LOW, 0>(t, w >> 16, mh);
+    out[0] = lookup<LOW, 0>(t, w, m);
+    out[1] = lookup<LOW, 0>(t, w >> 16, mh);
     if constexpr (HALF) {
         // bytewise negation: no byte is 0, so ~x + 1 never carries
         out[0] = permute(out[0], out[0] * c.minus_one + bias, m[NB - 4]);

@@ -364,25 +364,26 @@ template <int K> PYTQ_DEV uint32_t merge_selector(uint32_t plane) {
 
 // Half of a level table in registers (a permute takes one operand as a literal): word 2 i of each 8 levels.
 template <int CODE, int BITS> struct level_table {
-    static constexpr int N = book<CODE, BITS>::n_levels > 8 ? book<CODE, BITS>::n_levels / 8 : 1;
+    using B = book<CODE, BITS>;
+    static constexpr int N = B::n_levels > 8 ? B::n_levels / 8 : 1;
     uint32_t even[N];
     PYTQ_DEV void init() { fill<0>(); }
     template <int I> PYTQ_DEV void fill() {
-        even[I] = in_register(book<CODE, BITS>::template word<2 * I>);
+        even[I] = in_register(B::template word<2 * I>);
         if constexpr (I + 1 < N) {
             fill<I + 1>();
         }
     }
 };
 
-// Levels of four values. sel: 3-bit indices; m[]: merge selectors of the index bits 3, 4, 5.
-template <int CODE, int BITS, int NB, int BASE>
-PYTQ_DEV uint32_t lookup(const level_table<CODE, BITS> & tab, uint32_t sel, const uint32_t * m) {
+// Levels of four values from the first 2^NB of a table from BASE on. sel: 3-bit indices; m[]: merge selectors of the
+// index bits 3, 4, 5.
+template <int NB, int BASE, class TABLE> PYTQ_DEV uint32_t lookup(const TABLE & tab, uint32_t sel, const uint32_t * m) {
     if constexpr (NB <= 3) {
-        return permute(tab.even[BASE / 8], book<CODE, BITS>::template word<BASE / 4 + 1>, sel);
+        return permute(tab.even[BASE / 8], TABLE::B::template word<BASE / 4 + 1>, sel);
     } else {
-        const uint32_t lo = lookup<CODE, BITS, NB - 1, BASE>(tab, sel, m);
-        const uint32_t hi = lookup<CODE, BITS, NB - 1, BASE + (1 << (NB - 1))>(tab, sel, m);
+        const uint32_t lo = lookup<NB - 1, BASE>(tab, sel, m);
+        const uint32_t hi = lookup<NB - 1, BASE + (1 << (NB - 1))>(tab, sel, m);
         return permute(lo, hi, m[NB - 4]);
     }
 }
@@ -397,8 +398,8 @@ PYTQ_DEV void lookup8(const level_table<CODE, BITS> & tab, uint32_t w, const uin
         m[b - 3] = merge_selector<K>(index[b]);
         mh[b - 3] = m[b - 3] >> 16;
     }
-    out[0] = lookup<CODE, BITS, NB, 0>(tab, w, m);
-    out[1] = lookup<CODE, BITS, NB, 0>(tab, w >> 16, mh);
+    out[0] = lookup<NB, 0>(tab, w, m);
+    out[1] = lookup<NB, 0>(tab, w >> 16, mh);
 }
 
 // Levels of 32 values given by index planes: out[2 k + h] holds coordinates 4 n + k, n = 4 h .. 4 h + 3.

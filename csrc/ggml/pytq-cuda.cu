@@ -27,21 +27,6 @@ static bool is_compressed(const ggml_tensor * t) {
     return t && pytq_is_type(t->type);
 }
 
-static pytq::layout layout_of(ggml_type type) {
-    const pytq_type_info * t = pytq_type_get(type);
-    pytq::layout l = {};
-    l.d = t->head_dim, l.code = t->code, l.scale_bytes = t->scale, l.n_groups = t->n_groups, l.n_planes = t->n_planes,
-    l.block_bytes = t->block_bytes;
-    for (int g = 0, at = 0; g < 3; g++) {
-        at += t->group_len[g];
-        l.group_end[g] = at, l.group_bits[g] = t->group_bits[g];
-    }
-    for (int p = 0; p < 5; p++) {
-        l.plane_off[p] = t->plane_off[p], l.plane_len[p] = t->plane_len[p];
-    }
-    return l;
-}
-
 // ------------------------------------------------------------------------------------------------ encode
 
 static int64_t encode_items(const pytq::encode_params & p) {
@@ -75,7 +60,7 @@ static pytq::encode_params encode_from(const ggml_tensor * src, const ggml_tenso
     p.n1 = (int) src->ne[1], p.n2 = (int) src->ne[2], p.n3 = (int) src->ne[3];
     p.ne11 = p.ne12 = 1;
     p.blocks_per_row = (int) (src->ne[0] / ggml_blck_size(dst->type));
-    p.l = layout_of(dst->type);
+    p.l = pytq::layout_of(pytq_type_get(dst->type));
     return p;
 }
 
@@ -111,7 +96,7 @@ static void set_rows(ggml_backend_cuda_context & ctx, const pytq_cache_writes & 
 // ------------------------------------------------------------------------------------------------ decode
 
 static void decode(ggml_backend_cuda_context & ctx, pytq::values_params & p, ggml_type from, ggml_type to) {
-    p.l = layout_of(from);
+    p.l = pytq::layout_of(pytq_type_get(from));
     const int64_t n = (int64_t) p.l.d / 8 * p.blocks_per_row * p.n1 * p.n2 * p.n3;
     if (n == 0) {
         return;

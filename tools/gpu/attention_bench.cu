@@ -8,6 +8,7 @@
 #include "../../csrc/cuda/attention-launch.cuh"
 #include "../../csrc/cuda/decode-values.cuh"
 #include "../../csrc/pytq.h"
+#include "bench.cuh"
 
 #include <algorithm>
 #include <cmath>
@@ -15,21 +16,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <map>
-#include <random>
 #include <string>
 #include <utility>
 #include <vector>
-
-#define CHECK(x)                                                                                                       \
-    do {                                                                                                               \
-        cudaError_t e_ = (x);                                                                                          \
-        if (e_ != cudaSuccess) {                                                                                       \
-            fprintf(stderr, "error: %s at %s:%d: %s\n", #x, __FILE__, __LINE__, cudaGetErrorString(e_));               \
-            exit(1);                                                                                                   \
-        }                                                                                                              \
-    } while (0)
-
-static bool failed = false;
 
 struct attention {
     int n_kv, n_head_kv, gqa, n_q;
@@ -93,23 +82,6 @@ template <int KT, int VT> struct runner {
     }
     void free_all() { cudaFree(part), cudaFree(meta), cudaFree(out), cudaFree(sinks); }
 };
-
-static std::vector<float> gaussian(size_t n, unsigned seed, float scale = 1.0f) {
-    std::mt19937 r(seed);
-    std::normal_distribution<float> nd(0.0f, scale);
-    std::vector<float> x(n);
-    for (auto & v : x) {
-        v = nd(r);
-    }
-    return x;
-}
-
-template <class X> static X * upload(const std::vector<X> & x, size_t pad = 0) {
-    X * d;
-    CHECK(cudaMalloc(&d, x.size() * sizeof(X) + pad));
-    CHECK(cudaMemcpy(d, x.data(), x.size() * sizeof(X), cudaMemcpyHostToDevice));
-    return d;
-}
 
 // n_vec blocks of a type: vectors of a pool that csrc/ref encoded, in a scattered order.
 static std::vector<uint8_t> blocks_of(const pytq_type_info * t, size_t n_vec, unsigned seed) {
@@ -230,29 +202,6 @@ template <int KT, int VT> static void check_attention(const char * name, attenti
            r.p.cluster, rel, bad, bad_at, ok ? "true" : "false");
     r.free_all();
     cudaFree(dq), cudaFree(dkq), cudaFree(dvq), cudaFree(dm);
-}
-
-template <class F> static double median_us(F f, int n) {
-    cudaEvent_t e0, e1;
-    CHECK(cudaEventCreate(&e0));
-    CHECK(cudaEventCreate(&e1));
-    std::vector<double> us;
-    for (int i = 0; i < 5; i++) {
-        f(i);
-    }
-    for (int r = 0; r < 7; r++) {
-        CHECK(cudaEventRecord(e0));
-        for (int i = 0; i < n; i++) {
-            f(i);
-        }
-        CHECK(cudaEventRecord(e1));
-        CHECK(cudaEventSynchronize(e1));
-        float ms;
-        CHECK(cudaEventElapsedTime(&ms, e0, e1));
-        us.push_back(1e3 * ms / n);
-    }
-    std::sort(us.begin(), us.end());
-    return us[us.size() / 2];
 }
 
 template <int KT, int VT> static void time_attention(const char * name, attention a, int sms, double gbs) {

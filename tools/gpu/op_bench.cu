@@ -6,40 +6,14 @@
 #include "../../csrc/cuda/decode-values.cuh"
 #include "../../csrc/cuda/encode.cuh"
 #include "../../csrc/pytq.h"
+#include "bench.cuh"
 
-#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <random>
 #include <string>
 #include <vector>
-
-#define CHECK(x)                                                                                                       \
-    do {                                                                                                               \
-        cudaError_t e_ = (x);                                                                                          \
-        if (e_ != cudaSuccess) {                                                                                       \
-            fprintf(stderr, "error: %s at %s:%d: %s\n", #x, __FILE__, __LINE__, cudaGetErrorString(e_));               \
-            exit(1);                                                                                                   \
-        }                                                                                                              \
-    } while (0)
-
-static bool failed = false;
-
-static pytq::layout layout_of(const pytq_type_info * t) {
-    pytq::layout l = {};
-    l.d = t->head_dim, l.code = t->code, l.scale_bytes = t->scale, l.n_groups = t->n_groups, l.n_planes = t->n_planes,
-    l.block_bytes = t->block_bytes;
-    for (int g = 0, at = 0; g < 3; g++) {
-        at += t->group_len[g];
-        l.group_end[g] = at, l.group_bits[g] = t->group_bits[g];
-    }
-    for (int p = 0; p < 5; p++) {
-        l.plane_off[p] = t->plane_off[p], l.plane_len[p] = t->plane_len[p];
-    }
-    return l;
-}
 
 // wide: 0 for latency, 1 for throughput, -1 as the backend would choose
 static void run_encode(const pytq_type_info * t, const float * x, char * dst, long long n_vec, cudaStream_t s,
@@ -48,28 +22,11 @@ static void run_encode(const pytq_type_info * t, const float * x, char * dst, lo
     pytq::encode_params & p = job.p[0];
     p.src = (const char *) x, p.dst = dst;
     p.src_nb1 = 4LL * t->head_dim, p.dst_nb1 = t->block_bytes;
-    p.n1 = (int) n_vec, p.n2 = p.n3 = 1, p.blocks_per_row = 1, p.l = layout_of(t);
+    p.n1 = (int) n_vec, p.n2 = p.n3 = 1, p.blocks_per_row = 1, p.l = pytq::layout_of(t);
     p.hadamard = rotate ? 1 / sqrtf((float) t->head_dim) : 0.0f;
     const pytq::encode_launch run(job, n_vec, 0, wide < 0 ? n_vec > pytq::encode_wide_from : wide);
     run.kernel<<<run.blocks, run.threads, run.shared_bytes, s>>>(job);
     CHECK(cudaGetLastError());
-}
-
-static std::vector<float> gaussian(size_t n, unsigned seed, float scale = 1.0f) {
-    std::mt19937 r(seed);
-    std::normal_distribution<float> nd(0.0f, scale);
-    std::vector<float> x(n);
-    for (auto & v : x) {
-        v = nd(r);
-    }
-    return x;
-}
-
-template <class X> static X * upload(const std::vector<X> & x, size_t pad = 0) {
-    X * d;
-    CHECK(cudaMalloc(&d, x.size() * sizeof(X) + pad));
-    CHECK(cudaMemcpy(d, x.data(), x.size() * sizeof(X), cudaMemcpyHostToDevice));
-    return d;
 }
 
 static void check_encode() {
@@ -109,7 +66,7 @@ static void check_encode() {
             std::vector<uint8_t> want_r(ref.size());
             float * dr = upload(xr);
             pytq::encode_job job = {};
-            job.p[0].l = layout_of(t);
+            job.p[0].l = pytq::layout_of(t);
             job.rotate = {dx, dr, n_vec, d, 1 / sqrtf((float) d)};
             const pytq::encode_launch run(job, 0, 0, false);
             run.kernel<<<run.blocks, run.threads, run.shared_bytes>>>(job);
@@ -139,7 +96,7 @@ static void check_encode() {
         pytq::values_params p = {};
         p.src = (const char *) dy, p.dst = (char *) dx, p.src_nb1 = t->block_bytes, p.dst_nb1 = 4 * d, p.n1 = n_vec,
         p.n2 = p.n3 = 1, p.blocks_per_row = 1;
-        p.l = layout_of(t);
+        p.l = pytq::layout_of(t);
         if (t->code) {
             pytq::decode_values<1, float><<<16, 256>>>(p);
         } else {
@@ -159,29 +116,6 @@ static void check_encode() {
         cudaFree(dx), cudaFree(dy);
     }
     printf("{\"check\": \"encode and values, all types\", \"ok\": %s}\n", failed ? "false" : "true");
-}
-
-template <class F> static double median_us(F f, int n) {
-    cudaEvent_t e0, e1;
-    CHECK(cudaEventCreate(&e0));
-    CHECK(cudaEventCreate(&e1));
-    std::vector<double> us;
-    for (int i = 0; i < 5; i++) {
-        f(i);
-    }
-    for (int r = 0; r < 7; r++) {
-        CHECK(cudaEventRecord(e0));
-        for (int i = 0; i < n; i++) {
-            f(i);
-        }
-        CHECK(cudaEventRecord(e1));
-        CHECK(cudaEventSynchronize(e1));
-        float ms;
-        CHECK(cudaEventElapsedTime(&ms, e0, e1));
-        us.push_back(1e3 * ms / n);
-    }
-    std::sort(us.begin(), us.end());
-    return us[us.size() / 2];
 }
 
 static void time_encode(const char * name, int n_vec, int wide = -1, bool rotate = false) {

@@ -1,0 +1,60 @@
+// What the op-level harnesses share: error checks, random input, timing by events.
+#pragma once
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#define CHECK(x)                                                                                                       \
+    do {                                                                                                               \
+        cudaError_t e_ = (x);                                                                                          \
+        if (e_ != cudaSuccess) {                                                                                       \
+            fprintf(stderr, "error: %s at %s:%d: %s\n", #x, __FILE__, __LINE__, cudaGetErrorString(e_));               \
+            exit(1);                                                                                                   \
+        }                                                                                                              \
+    } while (0)
+
+static bool failed = false;
+
+static std::vector<float> gaussian(size_t n, unsigned seed, float scale = 1.0f) {
+    std::mt19937 r(seed);
+    std::normal_distribution<float> nd(0.0f, scale);
+    std::vector<float> x(n);
+    for (auto & v : x) {
+        v = nd(r);
+    }
+    return x;
+}
+
+template <class X> static X * upload(const std::vector<X> & x, size_t pad = 0) {
+    X * d;
+    CHECK(cudaMalloc(&d, x.size() * sizeof(X) + pad));
+    CHECK(cudaMemcpy(d, x.data(), x.size() * sizeof(X), cudaMemcpyHostToDevice));
+    return d;
+}
+
+// Median over 7 series of n calls, microseconds per call.
+template <class F> static double median_us(F f, int n) {
+    cudaEvent_t e0, e1;
+    CHECK(cudaEventCreate(&e0));
+    CHECK(cudaEventCreate(&e1));
+    std::vector<double> us;
+    for (int i = 0; i < 5; i++) {
+        f(i);
+    }
+    for (int r = 0; r < 7; r++) {
+        CHECK(cudaEventRecord(e0));
+        for (int i = 0; i < n; i++) {
+            f(i);
+        }
+        CHECK(cudaEventRecord(e1));
+        CHECK(cudaEventSynchronize(e1));
+        float ms;
+        CHECK(cudaEventElapsedTime(&ms, e0, e1));
+        us.push_back(1e3 * ms / n);
+    }
+    std::sort(us.begin(), us.end());
+    return us[us.size() / 2];
+}
