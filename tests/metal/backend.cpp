@@ -1,7 +1,7 @@
 // A Metal GPU made of the shim: what ggml-metal-device.m and ggml-metal-context.m provide, so that upstream's own C++ files
 // with our patch become a backend (GGML_BACKEND_PATH loads it) in which llama.cpp keeps its cache. It runs nothing but
 // nodes with compressed tensors; ggml's scheduler leaves the rest to the CPU.
-#include "executor.h"
+#include "device.h"
 
 #include "ggml-backend-impl.h"
 #include "ggml-impl.h"
@@ -20,24 +20,8 @@
 #include <string>
 #include <vector>
 
-struct ggml_metal_cv {
-    std::map<int, double> values;
-};
-struct ggml_metal_pipeline {
-    std::string base;
-    std::map<int, double> constants;
-};
 struct ggml_metal_library {
     ggml_metal_pipelines_t pipelines;
-};
-struct ggml_metal_encoder {
-    ggml_metal_pipeline * pipeline = nullptr;
-    std::map<int, std::vector<char>> bytes;
-    std::map<int, void *> buffers;
-    size_t memory = 0;
-};
-struct ggml_metal_device {
-    ggml_metal_device_props props = {};
 };
 struct ggml_metal_buffer {
     void * base = nullptr;
@@ -65,21 +49,6 @@ extern "C" {
 
 // ---------------------------------------------------------------------------------------------- library, encoder
 
-ggml_metal_cv_t ggml_metal_cv_init(void) {
-    return new ggml_metal_cv;
-}
-void ggml_metal_cv_free(ggml_metal_cv_t cv) {
-    delete cv;
-}
-void ggml_metal_cv_set_int16(ggml_metal_cv_t cv, int16_t value, int32_t i) {
-    cv->values[i] = value;
-}
-void ggml_metal_cv_set_int32(ggml_metal_cv_t cv, int32_t value, int32_t i) {
-    cv->values[i] = value;
-}
-void ggml_metal_cv_set_bool(ggml_metal_cv_t cv, bool value, int32_t i) {
-    cv->values[i] = value;
-}
 void ggml_metal_pipeline_free(ggml_metal_pipeline_t p) {
     delete p;
 }
@@ -132,19 +101,9 @@ void ggml_metal_encoder_set_threadgroup_memory_size(ggml_metal_encoder_t e, size
     e->memory = size;
 }
 void ggml_metal_encoder_dispatch_threadgroups(ggml_metal_encoder_t e, int tg0, int tg1, int tg2, int t0, int t1, int t2) {
-    for (const auto & c : e->pipeline->constants) {
-        shim::set_function_constant(c.first, c.second);
-    }
-    shim::bindings b;
-    for (size_t i = 0; i < e->buffers.size(); i++) {
-        b.buffers.push_back(e->buffers.at((int) i));
-    }
-    if (e->memory) {
-        b.threadgroup_bytes.push_back(e->memory);
-    }
     note(e->pipeline->base);
-    shim::dispatch(shim::find_kernel(e->pipeline->base), b, {(uint32_t) tg0, (uint32_t) tg1, (uint32_t) tg2},
-                   {(uint32_t) t0, (uint32_t) t1, (uint32_t) t2}, shim::FORWARD);
+    execute(e, {(uint32_t) tg0, (uint32_t) tg1, (uint32_t) tg2}, {(uint32_t) t0, (uint32_t) t1, (uint32_t) t2},
+            shim::FORWARD);
 }
 
 // ---------------------------------------------------------------------------------------------- device, buffers
@@ -172,9 +131,6 @@ ggml_metal_library_t ggml_metal_device_get_library(ggml_metal_device_t) {
 }
 struct ggml_metal_fusion_info * ggml_metal_device_get_fusion_info(ggml_metal_device_t) {
     return nullptr;
-}
-const struct ggml_metal_device_props * ggml_metal_device_get_props(ggml_metal_device_t dev) {
-    return &dev->props;
 }
 void ggml_metal_device_get_memory(ggml_metal_device_t dev, size_t * free, size_t * total) {
     *free = *total = dev->props.max_working_set_size;

@@ -12,21 +12,26 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import metal_shim as shim
 
+from pytq import fetch
+from pytq.errors import PytqError
+
 # directories of the pinned archive that the tests read
 WANTED = ("ggml/include/", "ggml/src/ggml-metal/")
 WANTED_FILES = ("ggml/src/ggml-common.h", "ggml/src/ggml-impl.h", "ggml/src/ggml-backend-impl.h")
 
 
 @pytest.fixture(scope="session")
-def upstream(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The parts of the pinned llama.cpp source that these tests read, unpacked; downloaded if need be."""
-    from pytq import fetch
-    from pytq.errors import PytqError
-
+def archive() -> Path:
+    """The pinned llama.cpp source, downloaded if need be."""
     try:
-        archive = fetch.archive()
+        return fetch.archive()
     except PytqError as error:
         pytest.skip(f"no upstream source: {error}")
+
+
+@pytest.fixture(scope="session")
+def upstream(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The parts of that source that these tests read, unpacked."""
     prefix = fetch.load_pin().path.rstrip("/") + "/"
     target = tmp_path_factory.mktemp("upstream")
     with tarfile.open(archive) as tar:
@@ -58,15 +63,10 @@ def harness(objects: Path, upstream: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def patched_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def patched_tree(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The whole pinned source with the series applied."""
-    from pytq import build, fetch
-    from pytq.errors import PytqError
+    from pytq import build
 
-    try:
-        archive = fetch.archive()
-    except PytqError as error:
-        pytest.skip(f"no upstream source: {error}")
     tree = tmp_path_factory.mktemp("patched") / "src"
     build._unpack(archive, fetch.load_pin().path, tree)
     build.apply_series(tree)

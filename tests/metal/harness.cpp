@@ -1,6 +1,6 @@
 // A Metal device made of the shim: the functions of ggml-metal-device.h that csrc/ggml/pytq-metal.cpp calls, so that the
 // real dispatching code chooses kernels, constants, grids and memory, and the shim executes them. Called from Python.
-#include "executor.h"
+#include "device.h"
 
 #include "ggml-backend-impl.h"
 #include "ggml-impl.h"
@@ -28,26 +28,9 @@
 
 // ------------------------------------------------------------------------------------------------ the device
 
-struct ggml_metal_cv {
-    std::map<int, double> values;
-};
-struct ggml_metal_pipeline {
-    std::string base;
-    std::map<int, double> constants;
-};
 struct ggml_metal_library {
     std::map<std::string, std::unique_ptr<ggml_metal_pipeline>> pipelines;
 };
-struct ggml_metal_encoder {
-    ggml_metal_pipeline * pipeline = nullptr;
-    std::map<int, std::vector<char>> bytes;
-    std::map<int, void *> buffers;
-    size_t memory = 0;
-};
-struct ggml_metal_device {
-    ggml_metal_device_props props = {};
-};
-
 static struct {
     int order = 0, max_threads = 1024;
     bool compiles = true, barrier = false;
@@ -57,21 +40,6 @@ static struct {
 
 extern "C" {
 
-ggml_metal_cv_t ggml_metal_cv_init(void) {
-    return new ggml_metal_cv;
-}
-void ggml_metal_cv_free(ggml_metal_cv_t cv) {
-    delete cv;
-}
-void ggml_metal_cv_set_int16(ggml_metal_cv_t cv, int16_t value, int32_t i) {
-    cv->values[i] = value;
-}
-void ggml_metal_cv_set_int32(ggml_metal_cv_t cv, int32_t value, int32_t i) {
-    cv->values[i] = value;
-}
-void ggml_metal_cv_set_bool(ggml_metal_cv_t cv, bool value, int32_t i) {
-    cv->values[i] = value;
-}
 int ggml_metal_pipeline_max_theads_per_threadgroup(struct ggml_metal_pipeline_with_params) {
     return state.max_threads;
 }
@@ -92,9 +60,6 @@ struct ggml_metal_pipeline_with_params ggml_metal_library_compile_pipeline(ggml_
     CHECK(!p); // one name, one set of constants
     p.reset(new ggml_metal_pipeline{base, cv->values});
     return ggml_metal_library_get_pipeline(lib, name);
-}
-const struct ggml_metal_device_props * ggml_metal_device_get_props(ggml_metal_device_t dev) {
-    return &dev->props;
 }
 struct ggml_metal_buffer_id ggml_metal_buffer_get_id(ggml_metal_buffer_t, const struct ggml_tensor * t) {
     return {t->data, 0};
@@ -123,18 +88,8 @@ void ggml_metal_encoder_memory_barrier(ggml_metal_encoder_t) {
 void ggml_metal_encoder_dispatch_threadgroups(ggml_metal_encoder_t e, int tg0, int tg1, int tg2, int t0, int t1, int t2) {
     CHECK(t0 * t1 * t2 <= state.max_threads && tg0 > 0 && tg1 > 0 && tg2 > 0);
     CHECK(state.dispatched.empty() || state.barrier); // a second kernel reads what the first wrote
-    for (const auto & c : e->pipeline->constants) {
-        shim::set_function_constant(c.first, c.second);
-    }
-    shim::bindings b;
-    for (size_t i = 0; i < e->buffers.size(); i++) {
-        b.buffers.push_back(e->buffers.at((int) i));
-    }
-    if (e->memory) {
-        b.threadgroup_bytes.push_back(e->memory);
-    }
-    shim::dispatch(shim::find_kernel(e->pipeline->base), b, {(uint32_t) tg0, (uint32_t) tg1, (uint32_t) tg2},
-                   {(uint32_t) t0, (uint32_t) t1, (uint32_t) t2}, (shim::order) state.order);
+    execute(e, {(uint32_t) tg0, (uint32_t) tg1, (uint32_t) tg2}, {(uint32_t) t0, (uint32_t) t1, (uint32_t) t2},
+            (shim::order) state.order);
     state.dispatched += (state.dispatched.empty() ? "" : " ") + e->pipeline->base;
 }
 
