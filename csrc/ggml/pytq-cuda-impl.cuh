@@ -17,9 +17,23 @@ constexpr bool pytq_decode_rotates_output = true; // head sizes 64, 128, 256
 // instance for the values' type. check: only tell.
 #define PYTQ_DECODE_FAMILIES(X) X(turbo2) X(turbo3) X(turbo4) X(kv2) X(kv3) X(kv4) X(kv5) X(kv2s) X(kv3s) X(kv4s)
 
-#define PYTQ_DECLARE(name) bool pytq_cuda_decode_##name(ggml_backend_cuda_context * ctx, ggml_tensor * dst, bool check);
+// The newest token, which attention takes as it was before compression (decode_fresh in cuda/attention-decode.cuh).
+struct pytq_cuda_fresh {
+    const void *k, *v, *row;
+    int row_bytes, encoder_blocks;
+    int64_t first_row;
+    bool turned; // queries are still to be rotated
+};
+
+#define PYTQ_DECLARE(name)                                                                                             \
+    bool pytq_cuda_decode_##name(ggml_backend_cuda_context * ctx, ggml_tensor * dst, const pytq_cuda_fresh * fresh,    \
+                                 bool check);
 PYTQ_DECODE_FAMILIES(PYTQ_DECLARE)
 #undef PYTQ_DECLARE
+
+// Attention of more rows than that on compute capability 9.0, fused (PYTQ_CUDA_PREFILL=0 switches it off); false if
+// there is no instance for the types or the device.
+bool pytq_cuda_prefill(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 
 // One slice of the sequence in f16 for upstream's tensor-core kernel, merged into dst (unnormalised until the last
 // slice).

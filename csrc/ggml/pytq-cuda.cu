@@ -2,7 +2,8 @@
 //
 //   SET_ROWS, CPY to a type     encoder, one warp per head vector
 //   GET_ROWS, CPY from a type   decoder
-//   FLASH_ATTN_EXT              few query rows and d = 128: integer tensor-core kernel on the blocks themselves;
+//   FLASH_ATTN_EXT              few query rows: integer tensor-core kernel on the blocks themselves; more on compute
+//                               capability 9.0: blocks decoded into shared memory (pytq-cuda-prefill.cu);
 //                               otherwise slices of the sequence (PYTQ_CUDA_SLICE tokens, default 32768) are decoded to
 //                               f16 scratch and given to upstream's kernels, so scratch does not grow with the context.
 // Nothing here synchronises or allocates outside ggml's pool, so CUDA graphs keep working.
@@ -35,8 +36,9 @@ static int64_t encode_items(const pytq::encode_params & p) {
 
 // second: further vectors for the same kernel, or null. queries: a product by the Hadamard matrix to be done in the
 // same launch, or null.
-static void encode(ggml_backend_cuda_context & ctx, const pytq::encode_params & p, const pytq::encode_params * second,
-                   const ggml_tensor * queries) {
+// together: in few blocks of many warps. Returns the number of blocks.
+static int encode(ggml_backend_cuda_context & ctx, const pytq::encode_params & p, const pytq::encode_params * second,
+                  const ggml_tensor * queries, bool together = false) {
     const int64_t n = encode_items(p), n2 = second ? encode_items(*second) : 0;
     pytq::encode_job job = {{p, second ? *second : p}, {}, 0, 0};
     if (queries) {
@@ -44,12 +46,17 @@ static void encode(ggml_backend_cuda_context & ctx, const pytq::encode_params & 
                       (int) queries->ne[0], 1 / sqrtf((float) queries->ne[0])};
     }
     if (n + n2 + job.rotate.n == 0) {
-        return;
+        return 0;
     }
     GGML_ASSERT(n + n2 + job.rotate.n < INT_MAX);
-    const pytq::encode_launch run(job, n, n2, n + n2 > pytq::encode_wide_from);
+    const pytq::encode_launch run(job, n, n2, n + n2 > pytq::encode_wide_from, together);
     GGML_ASSERT(run.kernel);
+    if (run.shared_bytes > 48 * 1024) {
+        CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void *>(run.kernel),
+                                        cudaFuncAttributeMaxDynamicSharedMemorySize, run.shared_bytes));
+    }
     ggml_cuda_kernel_launch(run.kernel, {dim3(run.blocks), dim3(run.threads), run.shared_bytes, ctx.stream()}, job);
+    return run.blocks;
 }
 
 static pytq::encode_params encode_from(const ggml_tensor * src, const ggml_tensor * dst) {
@@ -79,18 +86,17 @@ static pytq::encode_params set_rows_params(const pytq_cache_write & w) {
     return p;
 }
 
-static void set_rows(ggml_backend_cuda_context & ctx, const pytq_cache_writes & w) {
+// beside: attention runs beside the launch and rotates the queries itself. Returns the blocks of the last launch.
+static int set_rows(ggml_backend_cuda_context & ctx, const pytq_cache_writes & w, bool beside = false) {
     const pytq::encode_params first = set_rows_params(w.write[0]);
+    const ggml_tensor * queries = beside ? nullptr : w.queries;
     if (w.n_writes == 1) {
-        encode(ctx, first, nullptr, w.queries);
-        return;
+        return encode(ctx, first, nullptr, queries, beside);
     }
     const pytq::encode_params second = set_rows_params(w.write[1]);
     const bool same = pytq::encode_same_kernel(first.l, second.l);
-    encode(ctx, first, same ? &second : nullptr, w.queries);
-    if (!same) {
-        encode(ctx, second, nullptr, nullptr);
-    }
+    const int blocks = encode(ctx, first, same ? &second : nullptr, queries, beside);
+    return same ? blocks : encode(ctx, second, nullptr, nullptr, beside);
 }
 
 // ------------------------------------------------------------------------------------------------ decode
@@ -147,7 +153,13 @@ static void copy(ggml_backend_cuda_context & ctx, ggml_tensor * node) {
 // One kernel for every shape; the tensor-core kernels below are NVIDIA's.
 constexpr int pytq_rotate_output_param = 15;
 constexpr bool pytq_decode_rotates_output = false;
-static bool few_rows_kernel(ggml_backend_cuda_context *, ggml_tensor *, bool) {
+struct pytq_cuda_fresh {
+    const void *k, *v, *row;
+    int row_bytes, encoder_blocks;
+    int64_t first_row;
+    bool turned;
+};
+static bool few_rows_kernel(ggml_backend_cuda_context *, ggml_tensor *, const pytq_cuda_fresh *, bool) {
     return false;
 }
 static void flash_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
@@ -257,7 +269,8 @@ struct f16_view {
     }
 };
 
-static bool few_rows_kernel(ggml_backend_cuda_context * ctx, ggml_tensor * dst, bool check) {
+static bool few_rows_kernel(ggml_backend_cuda_context * ctx, ggml_tensor * dst, const pytq_cuda_fresh * fresh,
+                            bool check) {
     const ggml_tensor * q = dst->src[0];
     const ggml_tensor * k = dst->src[1];
     const ggml_tensor * v = dst->src[2];
@@ -273,7 +286,7 @@ static bool few_rows_kernel(ggml_backend_cuda_context * ctx, ggml_tensor * dst, 
     const int family = ((int) k->type - PYTQ_TYPE_BASE) / PYTQ_FAMILY_STRIDE;
 #define PYTQ_CASE(name)                                                                                                \
     if (family == PYTQ_FAMILY_INDEX_##name) {                                                                          \
-        return pytq_cuda_decode_##name(ctx, dst, check);                                                               \
+        return pytq_cuda_decode_##name(ctx, dst, fresh, check);                                                        \
     }
     PYTQ_DECODE_FAMILIES(PYTQ_CASE)
 #undef PYTQ_CASE
@@ -393,7 +406,7 @@ static int64_t kernel_head_size(int64_t d) {
 }
 
 static void flash_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
-    if (few_rows_kernel(&ctx, dst, false)) {
+    if (few_rows_kernel(&ctx, dst, nullptr, false) || pytq_cuda_prefill(ctx, dst)) {
         return;
     }
     const ggml_tensor * q = dst->src[0];
@@ -557,6 +570,20 @@ bool pytq_cuda_compute(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     }
 }
 
+// Attention whose result, rotated if that is what another node asks for, is stored in `last`. turned: the queries
+// before their rotation, contiguous as its result is, or null.
+static void few_rows_into(ggml_backend_cuda_context & ctx, const ggml_tensor * node, const ggml_tensor * last,
+                          const ggml_tensor * turned, const pytq_cuda_fresh * fresh) {
+    ggml_cuda_set_device(ctx.device);
+    ggml_tensor out = *node, q = *node->src[0];
+    if (turned) {
+        q.data = turned->data;
+    }
+    out.data = last->data, out.src[0] = &q;
+    ggml_set_op_params_i32(&out, pytq_rotate_output_param, last != node);
+    GGML_ASSERT(few_rows_kernel(&ctx, &out, fresh, false));
+}
+
 int pytq_cuda_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i) {
     ggml_tensor * node = graph->nodes[i];
     if (!ctx.stream_context().concurrent_events.empty()) {
@@ -568,21 +595,27 @@ int pytq_cuda_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * grap
         case GGML_OP_SET_ROWS:
             if (is_compressed(node)) {
                 const pytq_cache_writes w = pytq_match_cache_writes(graph, i);
-                set_rows(ctx, w);
-                return w.last - i + 1;
+                const pytq_fresh_token f = pytq_match_fresh_token(graph, w);
+                if (!pytq_decode_rotates_output || f.attention < 0 ||
+                    !few_rows_kernel(nullptr, graph->nodes[f.attention], nullptr, true)) {
+                    set_rows(ctx, w);
+                    return w.last - i + 1;
+                }
+                const int blocks = set_rows(ctx, w, true);
+                const pytq_cuda_fresh fresh = {
+                    f.k->data, f.v->data,   f.rows->data, f.rows->type == GGML_TYPE_I64 ? 8 : 4,
+                    blocks,    f.first_row, f.turned};
+                few_rows_into(ctx, graph->nodes[f.attention], graph->nodes[f.last], f.turned ? f.q : nullptr, &fresh);
+                return f.last - i + 1;
             }
             return 0;
         case GGML_OP_FLASH_ATTN_EXT:
             if (pytq_decode_rotates_output && (is_compressed(node->src[1]) || is_compressed(node->src[2]))) {
                 const int r = pytq_match_rotated_output(graph, i);
-                if (r < 0 || !few_rows_kernel(nullptr, node, true)) {
+                if (r < 0 || !few_rows_kernel(nullptr, node, nullptr, true)) {
                     return 0;
                 }
-                ggml_cuda_set_device(ctx.device);
-                ggml_tensor rotated = *node;
-                rotated.data = graph->nodes[r]->data;
-                ggml_set_op_params_i32(&rotated, pytq_rotate_output_param, 1);
-                GGML_ASSERT(few_rows_kernel(&ctx, &rotated, false));
+                few_rows_into(ctx, node, graph->nodes[r], nullptr, nullptr);
                 return r - i + 1;
             }
             return 0;

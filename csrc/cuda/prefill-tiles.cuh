@@ -1,0 +1,84 @@
+// Blocks in shared memory to f16 tiles in the layout that wgmma reads, for prefill attention.
+//
+// A tile holds the levels themselves, exact in f16; scales stay outside (attention-prefill.cuh). One lane decodes 32
+// coordinates of a token: the level tables hold level + 128, so one byte permute puts two of them below the exponent of
+// 1024 and one addition leaves two levels. Coordinates come four apart, and stay so: the query is permuted alike, and
+// the result's columns are named accordingly where they are stored.
+#pragma once
+
+#include "attention-levels.cuh"
+
+namespace pytq {
+
+// Codebooks whose words hold level + 128, under codes of their own; the number of bits is that of the index.
+PYTQ_HD constexpr int offset_code(int code) {
+    return 2 + code;
+}
+template <class B_, int N> struct offset_book {
+    static constexpr int n_levels = B_::n_levels;
+    template <int W> static constexpr uint32_t word = B_::template word<W> ^ 0x80808080u;
+    PYTQ_HD static constexpr int level(int i) { return B_::level(i); }
+};
+template <int NB> struct book<2 + PYTQ_CODE_SCALAR, NB> : offset_book<book<PYTQ_CODE_SCALAR, NB>, NB> {};
+template <int NB> struct book<2 + PYTQ_CODE_TRELLIS, NB> : offset_book<book<PYTQ_CODE_TRELLIS, NB - 1>, NB> {};
+
+template <class T> using offset_table = half_table<offset_code(T::code), index_bits(T::code, T::bits)>;
+
+// Position of coordinate c among the columns of a tile, and back.
+PYTQ_HD constexpr int tile_column(int c) {
+    return (c & ~31) | (c & 3) << 3 | (c >> 2 & 7);
+}
+PYTQ_HD constexpr int tile_coordinate(int column) {
+    return (column & ~31) | (column & 7) << 2 | (column >> 3 & 3);
+}
+
+// Byte of unit u (8 columns) of row r in a tile of so many rows: columns in groups of 64, 128-byte swizzle.
+PYTQ_HD constexpr int tile_at(int rows, int r, int u) {
+    return (u >> 3) * rows * 128 + r * 128 + (((u & 7) ^ (r & 7)) << 4);
+}
+
+// Levels of 32 coordinates as halves, in the order of tile_column().
+template <class T>
+PYTQ_DEV void level_halves(const offset_table<T> & table, const hidden_constants & hidden, uint32_t bias,
+                           const uint32_t * plane, uint32_t prev, uint4 unit[4]) {
+    constexpr int NB = index_bits(T::code, T::bits), CODE = offset_code(T::code);
+    uint32_t index[NB], lev[8];
+    index_planes<T::code, T::bits, true>(plane, prev, index);
+    fold_sign<CODE, NB>(index);
+    folded_levels<CODE, NB>(table, hidden, bias, index, lev);
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        unit[k] =
+            make_uint4(bytes_to_halves(lev[2 * k], 0x04010400u), bytes_to_halves(lev[2 * k], 0x04030402u),
+                       bytes_to_halves(lev[2 * k + 1], 0x04010400u), bytes_to_halves(lev[2 * k + 1], 0x04030402u));
+    }
+}
+
+// What a warp decodes at a time: 32 words of 32 coordinates, of as many tokens as that makes. Eight lanes that store
+// together have 4 tokens and 2 neighbouring words, so they meet all banks.
+template <class T> struct tile_lanes {
+    static constexpr int words = T::d / 32, tokens = 32 / words;
+    static_assert(T::n_groups == 1 && T::d % 32 == 0 && (words & (words - 1)) == 0, "whole words per plane");
+    PYTQ_HD static constexpr int word(int lane) { return (lane & 1) | (lane >> 3 << 1 & (words - 1)); }
+    PYTQ_HD static constexpr int token(int lane) {
+        return words == 4 ? (lane >> 1 & 3) | lane >> 4 << 2 : words == 2 ? lane >> 1 : lane >> 1 & 3;
+    }
+    // lane that has the word before
+    PYTQ_HD static constexpr int before(int lane) { return lane & 1 ? lane - 1 : lane - 7; }
+};
+
+// Bytes of shared memory for a block of T that begins anywhere in its first 16 bytes, and windows around it.
+template <class T> PYTQ_HD constexpr int raw_pitch() {
+    return (T::block_bytes + 15 + 15) / 16 * 16;
+}
+
+// Planes of this lane's 32 coordinates. at: byte of the first word of plane 0 rounded down to 4, shift: bits beyond it.
+// Reads one word past the block's last, which the pitch has room for.
+template <class T> PYTQ_DEV void tile_planes(int at, uint32_t shift, uint32_t * plane) {
+#pragma unroll
+    for (int b = 0; b < T::bits; b++) {
+        plane[b] = shift_pair(shared_word(at + b * (T::d / 8)), shared_word(at + b * (T::d / 8) + 4), shift);
+    }
+}
+
+} // namespace pytq

@@ -1,0 +1,2 @@
+#define PYTQ_K kv2
+#include "pytq-prefill.cuh"

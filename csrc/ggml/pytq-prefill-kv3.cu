@@ -1,0 +1,2 @@
+#define PYTQ_K kv3
+#include "pytq-prefill.cuh"

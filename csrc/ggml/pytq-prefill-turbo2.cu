@@ -1,0 +1,2 @@
+#define PYTQ_K turbo2
+#include "pytq-prefill.cuh"

@@ -1,0 +1,2 @@
+#define PYTQ_K turbo3
+#include "pytq-prefill.cuh"

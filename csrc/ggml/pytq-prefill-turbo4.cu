@@ -1,0 +1,2 @@
+#define PYTQ_K turbo4
+#include "pytq-prefill.cuh"
