@@ -16,13 +16,18 @@ from pytq.llama import _load_binding
 N_PROMPT, N_DECODE = 64, 6
 
 
-def logits(lc, model, type_k: str, type_v: str) -> np.ndarray:
-    """Logits of every token: one batch of 64, then single tokens. float32 [N_PROMPT + N_DECODE, n_vocab]."""
+def logits(lc, model, type_k: str, type_v: str, observe=None) -> np.ndarray:
+    """Logits of every token: one batch of 64, then single tokens. float32 [N_PROMPT + N_DECODE, n_vocab].
+
+    observe: a ggml_backend_sched_eval_callback, or None.
+    """
     params = lc.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch = 256, 64, 64
     params.type_k, params.type_v = cache_type_id(type_k), cache_type_id(type_v)
     params.flash_attn_type = lc.LLAMA_FLASH_ATTN_TYPE_ENABLED
     params.n_threads = params.n_threads_batch = 2
+    if observe is not None:
+        params.cb_eval = observe
     ctx = lc.llama_init_from_model(model, params)
     if not ctx:
         raise SystemExit(f"no context for {type_k}/{type_v}")

@@ -15,7 +15,7 @@ static bool head_dim_fits(const pytq_attn_kv * kv, int d) {
 int pytq_attn_supported(const pytq_attn * a) {
     return a->n_head_kv > 0 && a->n_head % a->n_head_kv == 0 && a->n_stream_kv > 0 &&
            a->n_stream % a->n_stream_kv == 0 && a->n_q > 0 && a->n_kv > 0 && (a->k.type >= 0 || a->v.type >= 0) &&
-           head_dim_fits(&a->k, a->dk) && head_dim_fits(&a->v, a->dv);
+           head_dim_fits(&a->k, a->dk) && head_dim_fits(&a->v, a->dv) && (!a->rotate || pytq_fwht_supported(a->dv));
 }
 
 void pytq_attn_make_plan(const pytq_attn * a, int n_threads, pytq_attn_plan * p) {

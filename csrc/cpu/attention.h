@@ -45,6 +45,7 @@ typedef struct pytq_attn {
     const float * sinks;            // n_head logits, or NULL
     float * dst;                    // [n_stream][n_q][n_head][dv], contiguous
     float scale, max_bias, logit_softcap;
+    int rotate; // nonzero: rows of dst are transformed by pytq_fwht with scale 1 / sqrt(dv), a size it supports
 } pytq_attn;
 
 typedef struct pytq_attn_plan {
@@ -74,6 +75,9 @@ int pytq_attn_run(const pytq_attn * a, int split);
 // 4, ... in this order, so the bits are those of any radix-2 transform that scales first (ggml's is one).
 int pytq_fwht_supported(int64_t n);
 void pytq_fwht(const float * x, float * y, int n, float scale);
+
+// pytq_quantize of vectors that are first transformed by pytq_fwht with scale 1 / sqrt(head_dim).
+void pytq_quantize_rotated(const pytq_type_info * t, const float * x, void * y, int64_t n);
 
 #ifdef __cplusplus
 }

@@ -225,7 +225,7 @@ struct Tier {
     }
     static float max16(vf v) { return hmax(v); }
     static float sum16(vf v) { return hsum(v); }
-    static mask_state mask_of(const uint16_t * m, int n) { return classify(m, n); }
+    static mask_state mask_of(const uint16_t * m, int n, int * seen) { return classify(m, n, seen); }
     static vf fwht16(vf x) {
         // the sign makes v + other or other - v of one fused operation, exactly
         const __m256 s1 = _mm256_setr_ps(1, -1, 1, -1, 1, -1, 1, -1), s2 = _mm256_setr_ps(1, 1, -1, -1, 1, 1, -1, -1);
@@ -247,7 +247,7 @@ struct Tier {
     static bool v_integer(const pytq_type_info * t) { return t->n_groups == 1; }
     static int v_width(const pytq_type_info * t) { return t->head_dim; }
 
-    static void k_tile(const pytq_type_info * t, const uint8_t * rows, size_t stride, int n, bool, uint8_t * x,
+    static void k_tile(const pytq_type_info * t, const uint8_t * rows, size_t stride, int n, int, uint8_t * x,
                        float * scale) {
         int8_t table[PYTQ_MAX_GROUPS][64], level[8][PYTQ_MAX_HEAD_DIM + 64];
         level_tables(t, table);
@@ -282,7 +282,7 @@ struct Tier {
         }
     }
 
-    static void v_tile(const pytq_type_info * t, const uint8_t * rows, size_t stride, int n, bool, uint8_t * x,
+    static void v_tile(const pytq_type_info * t, const uint8_t * rows, size_t stride, int n, int, uint8_t * x,
                        float * scale) {
         int8_t table[PYTQ_MAX_GROUPS][64], level[2][PYTQ_MAX_HEAD_DIM + 64];
         level_tables(t, table);

@@ -66,6 +66,7 @@ struct layout {
     int n_rows; // index bits, with z1 and z0
     int n_planes;
     int plane_off[PYTQ_MAX_PLANES];
+    float step[PYTQ_MAX_GROUPS];
     alignas(64) uint8_t table[128];
     alignas(16) uint8_t keep[PYTQ_MAX_HEAD_DIM], add[PYTQ_MAX_HEAD_DIM]; // SPLIT: 8 bytes per 8 coordinates
 };
@@ -80,6 +81,9 @@ static void make_layout(const pytq_type_info * t, int bias, layout * l) {
     l->n_planes = t->n_planes;
     l->n_rows = t->group_bits[0] + (t->code == PYTQ_CODE_TRELLIS);
     memcpy(l->plane_off, t->plane_off, sizeof(l->plane_off));
+    for (int g = 0; g < t->n_groups; g++) {
+        l->step[g] = pytq_codebook_get(t->code, t->group_bits[g])->step;
+    }
     const pytq_codebook * cb = pytq_codebook_get(t->code, t->group_bits[0]);
     if (l->kind == NIBBLE) {
         for (int i = 0; i < 64; i++) {
@@ -116,6 +120,23 @@ static void make_layout(const pytq_type_info * t, int bias, layout * l) {
             memset(l->add + at, 0, 8);
         }
     }
+}
+
+// Layouts of every type, made once: of keys (bias 128) and of values (0, for which split-rate types have none).
+struct all_layouts {
+    layout of[2][PYTQ_TYPE_END - PYTQ_TYPE_BASE];
+    all_layouts() {
+        memset((void *) of, 0, sizeof(of));
+        for (int i = 0; const pytq_type_info * t = pytq_type_at(i); i++) {
+            make_layout(t, 0, &of[0][t->id - PYTQ_TYPE_BASE]);
+            make_layout(t, 128, &of[1][t->id - PYTQ_TYPE_BASE]);
+        }
+    }
+};
+
+static const layout * layout_of(const pytq_type_info * t, int bias) {
+    static const all_layouts all;
+    return &all.of[bias != 0][t->id - PYTQ_TYPE_BASE];
 }
 
 PYTQ_INLINE void trellis_bits(zi u, zi before, bool wide, zi * z1, zi * z0) {
@@ -230,19 +251,19 @@ PYTQ_INLINE void transpose4(zi a, zi b, zi c, zi d, zi * o) {
     o[2] = _mm512_unpacklo_epi64(t1, t3), o[3] = _mm512_unpackhi_epi64(t1, t3);
 }
 
-// 32 tokens from `at` on. Where the tile ends inside, or at the end of the cache (the loads read up to 31 bytes past a
-// block), they come from padded memory.
+// 32 tokens from `at` on, of `readable` ones. Where the cache ends inside or behind them (the loads read up to 31 bytes
+// past a block), they come from padded memory.
 struct row_window {
     const uint8_t * p;
     size_t stride;
     alignas(64) uint8_t copies[32][320];
 
-    void set(const uint8_t * rows, size_t row_bytes, int at, int n, bool last, int bytes) {
+    void set(const uint8_t * rows, size_t row_bytes, int at, int readable, int bytes) {
         p = rows + (size_t) at * row_bytes;
         stride = row_bytes;
-        if (at + 32 > n || (last && at + 32 == n)) {
+        if (at + 32 >= readable) {
             memset(copies, 0, sizeof(copies));
-            for (int i = 0; i < 32 && at + i < n; i++) {
+            for (int i = 0; i < 32 && at + i < readable; i++) {
                 memcpy(copies[i], p + (size_t) i * row_bytes, (size_t) bytes);
             }
             p = copies[0];
@@ -253,14 +274,14 @@ struct row_window {
 
 // x[token block of 16][quad of coordinates][16 tokens] as dwords of 4 levels + 128
 template <shape KIND, bool TRELLIS, bool HALF, int NP>
-void unpack_k(const pytq_type_info * t, const layout * l, const uint8_t * rows, size_t stride, int n, bool last,
+void unpack_k(const pytq_type_info * t, const layout * l, const uint8_t * rows, size_t stride, int n, int readable,
               uint8_t * x) {
     constexpr int NO = KIND == NIBBLE ? 4 : 8;
     const int d = t->head_dim, quads = d / 4;
     const zi t0 = _mm512_load_si512(l->table), t1 = _mm512_load_si512(l->table + 64);
     row_window win;
     for (int i0 = 0; i0 < n; i0 += 32) {
-        win.set(rows, stride, i0, n, last, t->block_bytes);
+        win.set(rows, stride, i0, readable, t->block_bytes);
         for (int half = 0; half < (HALF ? 1 : 2); half++) {
             uint8_t * const block = x + (size_t) (i0 / 16 + half) * d * 16;
             zi before[4];
@@ -304,7 +325,7 @@ void unpack_k(const pytq_type_info * t, const layout * l, const uint8_t * rows, 
 
 // x[block of 16 coordinates][quad of tokens][16 coordinates] as dwords of 4 tokens' levels
 template <shape KIND, bool TRELLIS, bool HALF, int NP>
-void unpack_v(const pytq_type_info * t, const layout * l, const uint8_t * rows, size_t stride, int n, bool last,
+void unpack_v(const pytq_type_info * t, const layout * l, const uint8_t * rows, size_t stride, int n, int readable,
               uint8_t * x) {
     constexpr int NO = KIND == NIBBLE ? 4 : 8;
     const int d = t->head_dim;
@@ -318,7 +339,7 @@ void unpack_v(const pytq_type_info * t, const layout * l, const uint8_t * rows, 
     const zi by_coord = _mm512_load_si512(order);
     row_window win;
     for (int i0 = 0; i0 < n; i0 += 32) {
-        win.set(rows, stride, i0, n, last, t->block_bytes);
+        win.set(rows, stride, i0, readable, t->block_bytes);
         for (int g = 0; g < 32; g += HALF ? 8 : 4) {
             uint8_t * const to = x + (size_t) (i0 + g) / 4 * 64;
             zi before;
@@ -346,7 +367,7 @@ void unpack_v(const pytq_type_info * t, const layout * l, const uint8_t * rows, 
     }
 }
 
-typedef void unpack_fn(const pytq_type_info *, const layout *, const uint8_t *, size_t, int, bool, uint8_t *);
+typedef void unpack_fn(const pytq_type_info *, const layout *, const uint8_t *, size_t, int, int, uint8_t *);
 
 #define PYTQ_PICK(fn, half)                                                                                            \
     (l->kind == NIBBLE  ? !trellis  ? np == 2   ? fn<NIBBLE, false, half, 2>                                           \
@@ -360,8 +381,9 @@ typedef void unpack_fn(const pytq_type_info *, const layout *, const uint8_t *, 
                         : fn<SPLIT, true, half, 5>)
 
 // Factors scale * step of one group; zero past n up to a multiple of 32.
-static void scales(const pytq_type_info * t, int group, const uint8_t * rows, size_t stride, int n, float * out) {
-    const float step = pytq_codebook_get(t->code, t->group_bits[group])->step;
+static void scales(const pytq_type_info * t, const layout * l, int group, const uint8_t * rows, size_t stride, int n,
+                   float * out) {
+    const float step = l->step[group];
     if (t->scale == PYTQ_SCALE_LOG8) {
         const float * table = pytq_log8_table();
         for (int i = 0; i < n; i++) {
@@ -502,16 +524,18 @@ struct Tier {
     static float max16(vf v) { return _mm512_reduce_max_ps((__m512) v); }
     static float sum16(vf v) { return fold16((__m512) v); }
 
-    static mask_state mask_of(const uint16_t * m, int n) {
+    static mask_state mask_of(const uint16_t * m, int n, int * seen) {
         zi any = _mm512_setzero_si512();
-        __mmask32 odd = 0;
+        int last = 0;
         for (int i = 0; i < n; i += 32) {
             const __mmask32 k = n - i >= 32 ? ~0u : (1u << (n - i)) - 1;
             const zi v = _mm512_maskz_loadu_epi16(k, m + i);
             any = _mm512_or_si512(any, v);
-            odd |= _mm512_mask_cmpneq_epi16_mask(k, v, _mm512_set1_epi16((short) 0xfc00));
+            const __mmask32 odd = _mm512_mask_cmpneq_epi16_mask(k, v, _mm512_set1_epi16((short) 0xfc00));
+            last = odd ? i + 32 - __builtin_clz(odd) : last;
         }
-        return _mm512_test_epi16_mask(any, any) == 0 ? MASK_ZERO : odd == 0 ? MASK_OUT : MASK_MIXED;
+        *seen = last;
+        return _mm512_test_epi16_mask(any, any) == 0 ? MASK_ZERO : last == 0 ? MASK_OUT : MASK_MIXED;
     }
 
     // sums in the lanes where the bit is 0, differences where it is 1
@@ -529,30 +553,26 @@ struct Tier {
     static bool v_integer(const pytq_type_info * t) { return t->n_groups == 1; }
     static int v_width(const pytq_type_info * t) { return (t->head_dim + 31) & ~31; }
 
-    static void k_tile(const pytq_type_info * t, const uint8_t * rows, size_t stride, int n, bool last, uint8_t * x,
+    static void k_tile(const pytq_type_info * t, const uint8_t * rows, size_t stride, int n, int readable, uint8_t * x,
                        float * scale) {
-        layout lay;
-        make_layout(t, 128, &lay);
-        const layout * l = &lay;
+        const layout * l = layout_of(t, 128);
         const bool trellis = t->code == PYTQ_CODE_TRELLIS;
         const int np = t->n_planes;
         unpack_fn * fn = t->head_dim == 64 ? PYTQ_PICK(unpack_k, true) : PYTQ_PICK(unpack_k, false);
-        fn(t, l, rows, stride, n, last, x);
+        fn(t, l, rows, stride, n, readable, x);
         for (int g = 0; g < t->n_groups; g++) {
-            scales(t, g, rows, stride, n, scale + g * T);
+            scales(t, l, g, rows, stride, n, scale + g * T);
         }
     }
 
-    static void v_tile(const pytq_type_info * t, const uint8_t * rows, size_t stride, int n, bool last, uint8_t * x,
+    static void v_tile(const pytq_type_info * t, const uint8_t * rows, size_t stride, int n, int readable, uint8_t * x,
                        float * scale) {
-        layout lay;
-        make_layout(t, 0, &lay);
-        const layout * l = &lay;
+        const layout * l = layout_of(t, 0);
         const bool trellis = t->code == PYTQ_CODE_TRELLIS;
         const int np = t->n_planes;
         unpack_fn * fn = t->head_dim == 64 ? PYTQ_PICK(unpack_v, true) : PYTQ_PICK(unpack_v, false);
-        fn(t, l, rows, stride, n, last, x);
-        scales(t, 0, rows, stride, n, scale);
+        fn(t, l, rows, stride, n, readable, x);
+        scales(t, l, 0, rows, stride, n, scale);
     }
 
     static void q_row(const pytq_type_info * t, const float * q, float scale, uint8_t * a, float * q_scale,

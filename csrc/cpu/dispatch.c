@@ -1,6 +1,7 @@
 // Picks the CPU tier once and forwards pytq_quantize, pytq_dequantize and attention to it.
 #include "tiers.h"
 
+#include <math.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -109,4 +110,21 @@ int pytq_fwht_supported(int64_t n) {
 
 void pytq_fwht(const float * x, float * y, int n, float scale) {
     pytq_cpu_tier_current()->fwht(x, y, n, scale);
+}
+
+void pytq_quantize_rotated(const pytq_type_info * t, const float * x, void * y, int64_t n) {
+    enum { AT_ONCE = 4 }; // as many as the widest encoder follows together
+    _Alignas(64) float rotated[AT_ONCE * PYTQ_MAX_HEAD_DIM];
+    const pytq_cpu_tier_row * tier = pytq_cpu_tier_current();
+    const int d = t->head_dim;
+    const float scale = 1.0f / sqrtf((float) d);
+    uint8_t * out = (uint8_t *) y;
+    for (int64_t left = n / d; left > 0; left -= AT_ONCE) {
+        const int vectors = left < AT_ONCE ? (int) left : AT_ONCE;
+        for (int i = 0; i < vectors; i++, x += d) {
+            tier->fwht(x, rotated + i * d, d, scale);
+        }
+        tier->quantize(t, rotated, out, (int64_t) vectors * d);
+        out += vectors * t->block_bytes;
+    }
 }

@@ -205,7 +205,7 @@ struct Tier {
     static vf maximum(vf a, vf b) { return a > b ? a : b; }
     static float max16(vf v) { return hmax(v); }
     static float sum16(vf v) { return hsum(v); }
-    static mask_state mask_of(const uint16_t * m, int n) { return classify(m, n); }
+    static mask_state mask_of(const uint16_t * m, int n, int * seen) { return classify(m, n, seen); }
     static vf fwht16(vf x) {
         static const float s1[4] = {1, -1, 1, -1}, s2[4] = {1, 1, -1, -1};
         const float32x4_t v1 = vld1q_f32(s1), v2 = vld1q_f32(s2);
@@ -230,7 +230,7 @@ struct Tier {
     static bool v_integer(const pytq_type_info * t) { return t->n_groups == 1; }
     static int v_width(const pytq_type_info * t) { return t->head_dim; }
 
-    static void k_tile(const pytq_type_info * t, const uint8_t * rows, size_t stride, int n, bool, uint8_t * x,
+    static void k_tile(const pytq_type_info * t, const uint8_t * rows, size_t stride, int n, int, uint8_t * x,
                        float * scale) {
         int8_t table[PYTQ_MAX_GROUPS][64], level[4][PYTQ_MAX_HEAD_DIM + 64];
         level_tables(t, table);
@@ -256,7 +256,7 @@ struct Tier {
         }
     }
 
-    static void v_tile(const pytq_type_info * t, const uint8_t * rows, size_t stride, int n, bool, uint8_t * x,
+    static void v_tile(const pytq_type_info * t, const uint8_t * rows, size_t stride, int n, int, uint8_t * x,
                        float * scale) {
         int8_t table[PYTQ_MAX_GROUPS][64], level[4][PYTQ_MAX_HEAD_DIM + 64];
         level_tables(t, table);

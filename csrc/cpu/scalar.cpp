@@ -44,7 +44,7 @@ struct Tier {
     static vf maximum(vf a, vf b) { return a > b ? a : b; }
     static float max16(vf v) { return hmax(v); }
     static float sum16(vf v) { return hsum(v); }
-    static mask_state mask_of(const uint16_t * m, int n) { return classify(m, n); }
+    static mask_state mask_of(const uint16_t * m, int n, int * seen) { return classify(m, n, seen); }
     static vf fwht16(vf v) {
         for (int len = 1; len < 16; len *= 2) {
             for (int i = 0; i < 16; i++) {
@@ -61,11 +61,11 @@ struct Tier {
     static bool v_integer(const pytq_type_info * t) { return t->n_groups == 1; }
     static int v_width(const pytq_type_info * t) { return t->head_dim; }
 
-    static void k_tile(const pytq_type_info * t, const uint8_t * rows, size_t stride, int n, bool, uint8_t * x,
+    static void k_tile(const pytq_type_info * t, const uint8_t * rows, size_t stride, int n, int, uint8_t * x,
                        float * scale) {
         levels_of_tile(t, rows, stride, n, (int8_t *) x, scale);
     }
-    static void v_tile(const pytq_type_info * t, const uint8_t * rows, size_t stride, int n, bool, uint8_t * x,
+    static void v_tile(const pytq_type_info * t, const uint8_t * rows, size_t stride, int n, int, uint8_t * x,
                        float * scale) {
         levels_of_tile(t, rows, stride, n, (int8_t *) x, scale);
     }

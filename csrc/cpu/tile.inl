@@ -116,16 +116,16 @@ static inline void q_row_16(const float *q, int d, float scale, uint8_t *a, floa
 
 enum mask_state { MASK_ZERO, MASK_MIXED, MASK_OUT };
 
-// What a row of the mask says about one tile.
-static inline mask_state classify(const uint16_t *m, int n) {
-    unsigned any = 0, all = 0xffff, odd = 0;
+// What a row of the mask says about one tile; *seen: tokens up to the last one that is not masked out.
+static inline mask_state classify(const uint16_t *m, int n, int *seen) {
+    unsigned any = 0;
+    int last = 0;
     for (int i = 0; i < n; i++) {
         any |= m[i];
-        all &= m[i];
-        odd |= m[i] ^ 0xfc00u;
+        last = m[i] != 0xfc00u ? i + 1 : last;
     }
-    (void) all;
-    return any == 0 ? MASK_ZERO : odd == 0 ? MASK_OUT : MASK_MIXED;
+    *seen = last;
+    return any == 0 ? MASK_ZERO : last == 0 ? MASK_OUT : MASK_MIXED;
 }
 
 // ------------------------------------------------------------------------------------------------ float tiles
@@ -318,8 +318,9 @@ PYTQ_INLINE void softmax_row(float *s, int n, float softcap, mask_state state, c
         }
     }
     const float top = m > st->max ? m : st->max;
-    *corr = expf(st->max - top);
-    *f = expf(m - top);
+    // what expf returns there, without the call: the usual case of a short cache
+    *corr = st->max == NEG_INF ? 0.0f : expf(st->max - top);
+    *f = m == top ? 1.0f : expf(m - top);
     st->sum = st->sum * *corr + Tier::sum16(sum) * *f;
     st->max = top;
 }
@@ -359,6 +360,9 @@ void write_row(const pytq_attn *a, const pytq_type_info *tv, int stream, int hk,
     float *dst = a->dst + (((size_t) stream * a->n_q + iq) * a->n_head + h) * a->dv;
     for (int c = 0; c < a->dv; c++) {
         dst[c] = out[c] * factor;
+    }
+    if (a->rotate) {
+        run_fwht<Tier>(dst, dst, a->dv, 1.0f / sqrtf((float) a->dv));
     }
 }
 
@@ -424,6 +428,33 @@ void run_item(const pytq_attn *a, const pytq_attn_plan *plan, int item, void *sc
     const uint16_t *mask[RB];
     row_state st[RB];
 
+    mask_state state[RB];
+    // What the rows see of the tile at i0; returns the tokens up to the last one that any row sees.
+    auto look = [&](int i0) {
+        const int whole = end - i0 < T ? end - i0 : T;
+        int most = 0;
+        for (int r = 0; r < nr; r++) {
+            if (r > 0 && mask[r] == mask[r - 1]) {
+                state[r] = state[r - 1];
+                continue;
+            }
+            int seen = whole;
+            state[r] = mask[r] ? Tier::mask_of(mask[r] + i0, whole, &seen) : MASK_ZERO;
+            most = seen > most ? seen : most;
+        }
+        return most;
+    };
+    for (int r = 0; r < nr; r++) {
+        const int iq = (row0 + r) / gqa, h = hk * gqa + (row0 + r) % gqa;
+        mask[r] = !a->mask ? NULL
+                           : (const uint16_t *) ((const char *) a->mask + iq * a->mask_nb_token + h % a->mask_n_head * a->mask_nb_head +
+                                                 stream % a->mask_n_stream * a->mask_nb_stream);
+    }
+    // the blocks of the first tile are on their way while the queries are prepared
+    const int first_end = first + look(first);
+    prefetch_tile(&k, first, first_end);
+    prefetch_tile(&v, first, first_end);
+
     const float scale = a->logit_softcap != 0.0f ? a->scale / a->logit_softcap : a->scale;
     for (int r = 0; r < nr; r++) {
         const int iq = (row0 + r) / gqa, h = hk * gqa + (row0 + r) % gqa;
@@ -437,9 +468,6 @@ void run_item(const pytq_attn *a, const pytq_attn_plan *plan, int item, void *sc
             }
         }
         slope[r] = head_slope(a, h);
-        mask[r] = !a->mask ? NULL
-                           : (const uint16_t *) ((const char *) a->mask + iq * a->mask_nb_token + h % a->mask_n_head * a->mask_nb_head +
-                                                 stream % a->mask_n_stream * a->mask_nb_stream);
         st[r] = {NEG_INF, 0.0f};
     }
     memset(o, 0, (size_t) nr * dvp * sizeof(float));
@@ -448,20 +476,15 @@ void run_item(const pytq_attn *a, const pytq_attn_plan *plan, int item, void *sc
     }
 
     for (int i0 = first; i0 < end; i0 += T) {
-        const int n = end - i0 < T ? end - i0 : T;
-        mask_state state[RB];
-        bool needed = false;
-        for (int r = 0; r < nr; r++) {
-            state[r] = !mask[r] ? MASK_ZERO : r > 0 && mask[r] == mask[r - 1] ? state[r - 1] : Tier::mask_of(mask[r] + i0, n);
-            needed |= state[r] != MASK_OUT;
-        }
-        if (!needed) {
+        // Tokens behind the last one that any row sees are left alone: a cache that has just begun is mostly such.
+        const int n = look(i0);
+        if (n == 0) {
             continue;
         }
-        const bool last = i0 + n >= a->n_kv;
+        const int readable = a->n_kv - i0;
         prefetch_tile(&k, i0 + T, end);
         if (k.integer) {
-            Tier::k_tile(k.t, k.rows + (size_t) i0 * k.stride, k.stride, n, last, x, k_scale);
+            Tier::k_tile(k.t, k.rows + (size_t) i0 * k.stride, k.stride, n, readable, x, k_scale);
             Tier::qk(k.t, qa, a_row, q_scale, q_corr, nr, n, x, k_scale, s);
         } else {
             k_tile_float<Tier>(&a->k, &k, i0, n, a->dk, (float *) x);
@@ -470,13 +493,13 @@ void run_item(const pytq_attn *a, const pytq_attn_plan *plan, int item, void *sc
         float v_top = 1.0f;
         prefetch_tile(&v, i0 + T, end);
         if (v.integer) {
-            Tier::v_tile(v.t, v.rows + (size_t) i0 * v.stride, v.stride, n, last, x, v_scale);
+            Tier::v_tile(v.t, v.rows + (size_t) i0 * v.stride, v.stride, n, readable, x, v_scale);
             v_top = 0.0f;
             for (int j = 0; j < n; j++) {
                 v_top = v_scale[j] > v_top ? v_scale[j] : v_top;
             }
             const float inv = v_top > 0.0f ? FIXED_MAX / v_top : 0.0f;
-            for (int j = 0; j < T; j++) {
+            for (int j = 0; j < ((n + 15) & ~15); j++) {
                 v_scale[j] = j < n ? v_scale[j] * inv : 0.0f;
             }
             v_top /= FIXED_MAX;

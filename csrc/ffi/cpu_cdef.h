@@ -28,6 +28,7 @@ typedef struct pytq_attn {
     const float * sinks;
     float * dst;
     float scale, max_bias, logit_softcap;
+    int rotate;
 } pytq_attn;
 
 int pytq_attn_supported(const pytq_attn * a);

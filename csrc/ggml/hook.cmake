@@ -18,8 +18,9 @@ function(pytq_include target)
 endfunction()
 
 # The codecs live once, in ggml-base; every other library finds them there.
-target_sources(ggml-base PRIVATE $<TARGET_OBJECTS:pytq> ${PYTQ_DIR}/csrc/ggml/pytq-ggml.c)
-target_sources(ggml-cpu PRIVATE ${PYTQ_DIR}/csrc/ggml/pytq-flash-attn.cpp)
+target_sources(ggml-base PRIVATE $<TARGET_OBJECTS:pytq> ${PYTQ_DIR}/csrc/ggml/pytq-ggml.c ${PYTQ_DIR}/csrc/ggml/pytq-fuse.cpp)
+set(PYTQ_GGML_CPU_SOURCES ${PYTQ_DIR}/csrc/ggml/pytq-flash-attn.cpp ${PYTQ_DIR}/csrc/ggml/pytq-cpu-fuse.cpp)
+target_sources(ggml-cpu PRIVATE ${PYTQ_GGML_CPU_SOURCES})
 target_sources(llama PRIVATE
     ${PYTQ_DIR}/csrc/ggml/pytq-kv.cpp ${PYTQ_DIR}/csrc/ggml/pytq-cache-keys.cpp ${PYTQ_DIR}/csrc/ggml/pytq-profile.cpp)
 # a patched header of llama reaches all its files
@@ -35,8 +36,8 @@ if (TARGET ggml-metal)
 endif()
 
 function(pytq_include_all)
-    pytq_include(ggml-base ggml.c ${PYTQ_DIR}/csrc/ggml/pytq-ggml.c)
-    pytq_include(ggml-cpu ggml-cpu/ggml-cpu.c ggml-cpu/ops.cpp ${PYTQ_DIR}/csrc/ggml/pytq-flash-attn.cpp)
+    pytq_include(ggml-base ggml.c ${PYTQ_DIR}/csrc/ggml/pytq-ggml.c ${PYTQ_DIR}/csrc/ggml/pytq-fuse.cpp)
+    pytq_include(ggml-cpu ggml-cpu/ggml-cpu.c ggml-cpu/ggml-cpu.cpp ggml-cpu/ops.cpp ${PYTQ_GGML_CPU_SOURCES})
     pytq_include(llama-common arg.cpp)
     pytq_include(llama-bench-impl llama-bench.cpp)
     pytq_include(test-backend-ops test-backend-ops.cpp)

@@ -97,6 +97,10 @@ size_t pytq_flash_attn_ext_work_size(const ggml_tensor * node, int n_tasks) {
 }
 
 bool pytq_flash_attn_ext(const ggml_compute_params * params, ggml_tensor * dst) {
+    return pytq_flash_attn_ext_rotated(params, dst, nullptr);
+}
+
+bool pytq_flash_attn_ext_rotated(const ggml_compute_params * params, ggml_tensor * dst, const ggml_tensor * rotation) {
     if (!is_pytq(dst->src[1]) && !is_pytq(dst->src[2])) {
         return false;
     }
@@ -108,6 +112,10 @@ bool pytq_flash_attn_ext(const ggml_compute_params * params, ggml_tensor * dst) 
         say_once(dst);
         return false;
     }
+    if (rotation) {
+        a.dst = (float *) rotation->data;
+        a.rotate = 1;
+    }
     pytq_attn_plan plan;
     pytq_attn_make_plan(&a, params->nth, &plan);
     char * base = (char *) params->wdata;
@@ -116,7 +124,9 @@ bool pytq_flash_attn_ext(const ggml_compute_params * params, ggml_tensor * dst) 
     char * scratch = aligned + params->ith * plan.scratch_bytes;
     char * partials = aligned + params->nth * plan.scratch_bytes;
 
-    const bool shared = plan.n_items > params->nth;
+    // Items of a few microseconds are dealt out in turn: that barrier would cost more than a fair share gains.
+    const bool brief = (int64_t) plan.block_rows * plan.chunk <= 4096;
+    const bool shared = plan.n_items > params->nth && !brief;
     if (shared) {
         if (params->ith == 0) {
             // every thread begins with the item of its own number
@@ -125,7 +135,7 @@ bool pytq_flash_attn_ext(const ggml_compute_params * params, ggml_tensor * dst) 
         ggml_barrier(params->threadpool);
     }
     for (int item = params->ith; item < plan.n_items;
-         item = shared ? ggml_threadpool_chunk_add(params->threadpool, 1) : plan.n_items) {
+         item = shared ? ggml_threadpool_chunk_add(params->threadpool, 1) : item + params->nth) {
         pytq_attn_item(&a, &plan, item, scratch, partials);
     }
     if (plan.n_chunks > 1) {

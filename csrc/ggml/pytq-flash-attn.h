@@ -15,6 +15,10 @@ struct ggml_compute_params;
 // Computes a FLASH_ATTN_EXT node if a pytq kernel takes it; false leaves it to upstream's path.
 bool pytq_flash_attn_ext(const struct ggml_compute_params * params, struct ggml_tensor * dst);
 
+// The same with the transform of the result that node `rotation` stands for: writes rotation's data instead of dst's.
+bool pytq_flash_attn_ext_rotated(const struct ggml_compute_params * params, struct ggml_tensor * dst,
+                                 const struct ggml_tensor * rotation);
+
 // Bytes of work memory that pytq_flash_attn_ext wants for this node, 0 if it does not take it.
 size_t pytq_flash_attn_ext_work_size(const struct ggml_tensor * node, int n_tasks);
 

@@ -4,6 +4,7 @@
 #include "ggml.h"
 #include "layout.h"
 #include "pytq-cache-ids.h"
+#include "pytq-cpu-fuse.h"
 #include "pytq-flash-attn.h"
 #include "pytq.h"
 

@@ -58,13 +58,20 @@ const pytq_type_info * pytq_type_at(int i) {
     return i >= 0 && i < N_TYPES ? &types[i] : NULL;
 }
 
+// Row + 1 of each id, 0 for none: kernels ask for a type per tile, and a search would walk through the table's cache
+// lines.
+enum {
+#define PYTQ_TYPE(F, slot, ...) ROW_OF_##F##_##slot,
+#include "../types.def"
+};
+static const unsigned char row_after[PYTQ_TYPE_END - PYTQ_TYPE_BASE] = {
+#define PYTQ_TYPE(F, slot, ...) [PYTQ_FAMILY_STRIDE * PYTQ_FAMILY_INDEX_##F + (slot)] = ROW_OF_##F##_##slot + 1,
+#include "../types.def"
+};
+
 const pytq_type_info * pytq_type_get(int id) {
-    for (int i = 0; i < N_TYPES; i++) {
-        if (types[i].id == id) {
-            return &types[i];
-        }
-    }
-    return NULL;
+    const int row = id >= PYTQ_TYPE_BASE && id < PYTQ_TYPE_END ? row_after[id - PYTQ_TYPE_BASE] : 0;
+    return row ? &types[row - 1] : NULL;
 }
 
 int pytq_is_type(int id) {

@@ -4,6 +4,7 @@
 // Usage: cpu_selftest [--quick] [TIER...]   (--quick: fewer vectors and lengths, for emulators)   exit code 0 if all agree, 1 if not, 2 if a tier named on the command line is missing.
 #include "cpu/attention.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -126,6 +127,25 @@ static void test_fwht(const char *tier) {
     check(!pytq_fwht_supported(80) && !pytq_fwht_supported(16) && !pytq_fwht_supported(1024), "fwht refuses other sizes", tier, "", 0);
 }
 
+// Encoding with the transform in front: the bytes of the transform, then the reference encoder.
+static void test_rotated_codec(const char *tier) {
+    for (int i = 0; const pytq_type_info *t = pytq_type_at(i); i++) {
+        const int d = t->head_dim, n_vec = 11;  // no multiple of the vectors that are encoded together
+        if (!pytq_fwht_supported(d)) {
+            continue;
+        }
+        std::vector<float> x((size_t) n_vec * d), y(x.size());
+        std::vector<uint8_t> want((size_t) n_vec * t->block_bytes), got(want.size(), 0xa5);
+        for (int v = 0; v < n_vec; v++) {
+            fill(&x[(size_t) v * d], d, v);
+            pytq_fwht(&x[(size_t) v * d], &y[(size_t) v * d], d, 1.0f / std::sqrt((float) d));
+        }
+        pytq_quantize_ref(t, y.data(), want.data(), (int64_t) y.size());
+        pytq_quantize_rotated(t, x.data(), got.data(), (int64_t) x.size());
+        check(want == got, "rotated quantize", tier, t->name, 0);
+    }
+}
+
 struct shape {
     int n_q, n_kv, n_head, n_head_kv, n_stream;
     bool mask, alibi, sinks;
@@ -134,6 +154,53 @@ struct shape {
 };
 
 static void float_row(const void *row, float *out, int64_t n) { std::memcpy(out, row, (size_t) n * sizeof(float)); }
+
+// A cache that has just begun: what lies behind the last visible token has no effect, whatever its bits; and a rotated result.
+static void test_short_cache(const char *tier, const pytq_type_info *t, const pytq_type_info *tv, int seen) {
+    const int d = t->head_dim, n_kv = 300, n_q = 2, n_head = 6, n_head_kv = 2;
+    const size_t k_row = (size_t) t->block_bytes, v_row = tv ? (size_t) tv->block_bytes : (size_t) d * 4;
+    std::vector<float> q((size_t) n_q * n_head * d), x((size_t) seen * n_head_kv * d);
+    std::vector<uint8_t> k(n_kv * n_head_kv * k_row, 0xff), v(n_kv * n_head_kv * v_row, 0xff);  // scales that are not numbers
+    for (auto *w : {&q, &x}) {
+        for (auto &y : *w) {
+            y = gauss();
+        }
+    }
+    pytq_quantize_ref(t, x.data(), k.data(), (int64_t) x.size());
+    if (tv) {
+        pytq_quantize_ref(tv, x.data(), v.data(), (int64_t) x.size());
+    } else {
+        std::memcpy(v.data(), x.data(), x.size() * sizeof(float));
+    }
+    std::vector<uint16_t> mask((size_t) n_q * n_kv, 0xfc00);
+    for (int i = 0; i < n_q; i++) {
+        std::fill_n(mask.begin() + (size_t) i * n_kv, std::max(1, seen - 1 + i), 0);
+    }
+    auto run = [&](int n, int rotate) {
+        std::vector<float> out((size_t) n_q * n_head * d, NAN);
+        pytq_attn a = {};
+        a.n_q = n_q, a.n_kv = n, a.n_head = n_head, a.n_head_kv = n_head_kv, a.n_stream = a.n_stream_kv = 1, a.dk = a.dv = d;
+        a.q = q.data(), a.q_nb_head = (size_t) d * 4, a.q_nb_token = a.q_nb_stream = a.q_nb_head * n_head;
+        a.k = {k.data(), k_row * n_head_kv, k_row, 0, t->id, float_row};
+        a.v = {v.data(), v_row * n_head_kv, v_row, 0, tv ? tv->id : -1, float_row};
+        a.mask = mask.data(), a.mask_nb_token = (size_t) n_kv * 2, a.mask_n_head = a.mask_n_stream = 1;
+        a.dst = out.data(), a.scale = 1.0f / std::sqrt((float) d), a.rotate = rotate;
+        check(pytq_attn_run(&a, 1) == 0, "attention runs", tier, t->name, n);
+        return out;
+    };
+    const std::vector<float> alone = run(seen, 0), within = run(n_kv, 0);
+    char name[80];
+    std::snprintf(name, sizeof(name), "%s/%s seen=%d", t->name, tv ? tv->name : "float", seen);
+    check(std::memcmp(alone.data(), within.data(), alone.size() * sizeof(float)) == 0, "tokens behind the mask", tier, name, 0);
+    if (pytq_fwht_supported(d)) {
+        const std::vector<float> rotated = run(n_kv, 1);
+        std::vector<float> want(within);
+        for (size_t i = 0; i < want.size(); i += (size_t) d) {
+            pytq_fwht(&want[i], &want[i], d, 1.0f / std::sqrt((float) d));
+        }
+        check(std::memcmp(want.data(), rotated.data(), want.size() * sizeof(float)) == 0, "rotated result", tier, name, 0);
+    }
+}
 
 // tk or tv NULL: float rows of dk or dv
 static void test_attention(const char *tier, const pytq_type_info *tk, const pytq_type_info *tv, int dk, int dv, const shape &c) {
@@ -258,6 +325,7 @@ static void test_attention(const char *tier, const pytq_type_info *tk, const pyt
 
 static void test_tier(const char *tier) {
     test_codec(tier);
+    test_rotated_codec(tier);
     test_fwht(tier);
     static const int odd[] = {1, 2, 7, 15, 16, 17, 31, 33, 63, 127, 128, 129, 255, 300, 513};
     const shape decode = {1, 200, 8, 2, 1, true, false, false, 0.0f, 1};
@@ -276,6 +344,12 @@ static void test_tier(const char *tier) {
         test_attention(tier, t, nullptr, t->head_dim, t->head_dim, p);
         test_attention(tier, nullptr, t, t->head_dim, t->head_dim, p);
         test_attention(tier, nullptr, t, 192, t->head_dim, p);
+        for (int seen : {1, 5, 16, 31, 33, 128, 130, 200}) {
+            if (!quick || seen % 16 != 0) {
+                test_short_cache(tier, t, t, seen);
+            }
+        }
+        test_short_cache(tier, t, nullptr, 40);
     }
     const pytq_type_info *k = pytq_type_get(pytq_type_from_name("kv3_d128")), *v = pytq_type_get(pytq_type_from_name("turbo4_d128"));
     for (int bits = 0; bits < 16; bits++) {

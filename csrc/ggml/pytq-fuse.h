@@ -1,0 +1,45 @@
+// Graph patterns that are computed as one step by more than one backend. Everything here only looks at the graph.
+//
+// Upstream's graph rotates keys, values and queries with a product by a Hadamard matrix, then writes the cache:
+//   MUL_MAT(H, q)   MUL_MAT(H, v)   MUL_MAT(H, k)   SET_ROWS(k)   SET_ROWS(v)   FLASH_ATTN_EXT   MUL_MAT(H, result)
+// The three products before the writes are left out where they stand and done with the writes; their operands must then
+// live until there, which pytq_keep_operands asks the allocator for and the search verifies. The product behind
+// attention is done by attention itself.
+#pragma once
+
+#include "ggml-backend-impl.h"
+#include "ggml-impl.h"
+#include "ggml.h"
+
+struct pytq_cache_write {
+    const ggml_tensor * set_rows;
+    const ggml_tensor * rotation; // product whose operand is written rotated instead of its result, or null
+};
+
+struct pytq_cache_writes {
+    pytq_cache_write write[2];
+    int n_writes;
+    const ggml_tensor * queries; // product to be done in the same step, or null
+    int last;                    // index of the last node that is done then
+
+    bool leaves_out(const ggml_tensor * t) const {
+        return t == queries || t == write[0].rotation || (n_writes > 1 && t == write[1].rotation);
+    }
+};
+
+constexpr int PYTQ_FUSE_WINDOW = 96; // nodes of one layer that lie between a rotation and the write, generously
+
+bool pytq_is_cache_write(const ggml_tensor * t);
+bool pytq_is_rotation(const ggml_tensor * t);
+
+// Writes that start at node i, which is a SET_ROWS to a compressed type; rotations: with the products before them.
+pytq_cache_writes pytq_find_cache_writes(const ggml_cgraph * graph, int i, bool rotations);
+
+// Index of the product that only rotates the result of FLASH_ATTN_EXT node i, or -1.
+int pytq_find_rotated_output(const ggml_cgraph * graph, int i);
+
+// Asks the allocator to keep what these patterns read: of the writes from node i on, of attention at node i rotated by
+// node r.
+void pytq_keep_operands(const ggml_cgraph * graph, const pytq_cache_writes & w,
+                        const ggml_backend_graph_optimize_params * params);
+void pytq_keep_operands(const ggml_cgraph * graph, int i, int r, const ggml_backend_graph_optimize_params * params);
