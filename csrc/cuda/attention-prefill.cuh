@@ -43,28 +43,27 @@ struct prefill_params {
 
 constexpr int prefill_rows = 128, prefill_tile = 64;
 
-// Shared memory and roles of an instance. DECODERS: warps that decode, 4 or 8.
-template <class K, class V, int DECODERS_, int STAGES_> struct prefill_shape {
-    static constexpr int D = K::d, TILE = prefill_tile, DECODERS = DECODERS_, STAGES = STAGES_;
+// Shared memory and roles of an instance. STAGES: tiles of keys and of values that exist at a time.
+template <class K, class V, int STAGES_> struct prefill_shape {
+    static constexpr int D = K::d, TILE = prefill_tile, STAGES = STAGES_;
     static_assert(V::d == D && (D == 64 || D == 128), "head size");
-    static constexpr int threads = 32 * (8 + DECODERS + 4);
-    // Registers that the roles change to. A quarter of a multiprocessor runs 2 multipliers, a quarter of the decoders
-    // and one finder; they share what the block got at its launch.
-    static constexpr int entry_registers = DECODERS == 8 ? 96 : 128;
-    static constexpr int finder_registers = DECODERS == 8 ? 32 : 40, decoder_registers = DECODERS == 8 ? 80 : 120;
-    static constexpr int multiplier_registers =
-        ((3 + DECODERS / 4) * entry_registers - finder_registers - DECODERS / 4 * decoder_registers) / 16 * 8;
+    // warps: 8 multiply, 4 decode, 4 find
+    static constexpr int decoders = 4, threads = 32 * (8 + decoders + 4);
+    // Registers that the roles change to: a quarter of a multiprocessor runs 2 multipliers, a decoder and a finder.
+    static constexpr int finder_registers = 24, decoder_registers = 88;
+    static constexpr int multiplier_registers = (512 - finder_registers - decoder_registers) / 2;
 
-    static constexpr int warp_tokens = TILE / DECODERS, items = warp_tokens / tile_lanes<K>::tokens;
+    static constexpr int warp_tokens = TILE / decoders, items = warp_tokens / tile_lanes<K>::tokens;
     static_assert(items * tile_lanes<K>::tokens == warp_tokens, "whole warps");
-    static constexpr int raw_stages = 3, list = 4, columns = STAGES + 2;
+    // columns: entries of the list that may be in use anywhere between finders and multipliers
+    static constexpr int raw_stages = 3, list = 4, columns = 16;
     static constexpr int k_pitch = raw_pitch<K>(), v_pitch = raw_pitch<V>();
     static constexpr int warp_raw = warp_tokens * (k_pitch + v_pitch);
-    static constexpr int raw_bytes = DECODERS * warp_raw; // of a stage
+    static constexpr int raw_bytes = decoders * warp_raw; // of a stage
     static constexpr int tile_bytes = TILE * 2 * D;
-    // a column: (factor of S, addend) of a token, then 1 / scale of its value, then the tile and its flag
-    static constexpr int column_inverse = 8 * TILE, column_info = column_inverse + 4 * TILE,
-                         column_bytes = column_info + 16;
+    // columns of an entry: factors of the tokens' logits, then of their values (two halves each), then the entry
+    static constexpr int column_values = 4 * TILE, column_entry = column_values + 4 * TILE,
+                         column_bytes = column_entry + 16;
 
     // offsets from a multiple of 1024
     static constexpr int q_at = 0;
@@ -73,9 +72,10 @@ template <class K, class V, int DECODERS_, int STAGES_> struct prefill_shape {
     static constexpr int raw_at = v_at + STAGES * tile_bytes;
     static constexpr int columns_at = raw_at + raw_stages * raw_bytes;
     static constexpr int barriers_at = columns_at + columns * column_bytes;
+    // (keys of a tile are complete only after the values of the tile before, so values need no barrier of their own)
     static constexpr int listed = 0, taken = listed + list, k_full = taken + list, k_empty = k_full + STAGES,
-                         v_full = k_empty + STAGES, v_empty = v_full + STAGES, n_barriers = v_empty + STAGES;
-    static constexpr int list_at = barriers_at + 8 * n_barriers, found_at = list_at + 4 * list;
+                         v_empty = k_empty + STAGES, n_barriers = v_empty + STAGES;
+    static constexpr int found_at = barriers_at + 8 * n_barriers;
     static constexpr int bytes = 1024 + found_at + 4 * 2 * 4;
 };
 
@@ -103,13 +103,6 @@ inline size_t prefill_part_rows(const prefill_params & p) {
 
 #ifdef PYTQ_WGMMA
 
-template <int I> struct prefill_constant {
-    static constexpr int value = I;
-};
-template <class T> struct prefill_tag {
-    using type = T;
-};
-
 PYTQ_DEV uint32_t pack_halves(float low, float high) {
     uint32_t r;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
@@ -131,29 +124,49 @@ template <class S> struct prefill_block {
     PYTQ_DEV uint32_t barrier(int i) const { return base + S::barriers_at + 8 * i; }
 };
 
-// The tiles of this block that some row sees, in order: 2 tile + (the mask matters), then -1. Each of 4 warps looks at
-// every fourth tile, the first passes them on.
-template <class S> PYTQ_DEV void prefill_find_tiles(const prefill_block<S> & b, int warp, int lane) {
+// Scale of a block in global memory: its bits, and what they mean.
+template <class T> PYTQ_DEV uint32_t scale_bits(const char * block) {
+    return T::scale_bytes == 1 ? (uint32_t) *(const uint8_t *) block : (uint32_t) *(const unsigned short *) block;
+}
+template <class T> PYTQ_DEV float scale_of(uint32_t bits) {
+    return T::scale_bytes == 1 ? log8_scale(bits) : half_bits(bits);
+}
+
+// The tiles of this block that some row sees, in order: 2 tile + (the mask matters), then -1, each with its columns.
+// Each of 4 warps takes every fourth tile.
+template <class K, class V, class S> PYTQ_DEV void prefill_find_tiles(const prefill_block<S> & b, int warp, int lane) {
     const prefill_params & p = b.p;
     const int q0 = b.row0 / p.gqa, n_q = (min(b.row0 + prefill_rows, p.n_rows) - 1) / p.gqa - q0 + 1;
     int * const found = (int *) (decode_smem + b.offset + S::found_at);
-    int n = 0;
-    const auto pass_on = [&](int entry) {
-        phase_wait(b.barrier(S::taken + n % S::list), (n / S::list & 1) ^ 1);
+    const char * const k_scales = p.k + b.seq * p.k_nb3 + b.head_kv * p.k_nb2;
+    const char * const v_scales = p.v + b.seq * p.v_nb3 + b.head_kv * p.v_nb2;
+    int n = 0; // entries that all warps have passed on
+    const auto column = [&](int i) { return b.offset + S::columns_at + i % S::columns * S::column_bytes; };
+    const auto wait_for_place = [&](int i) { phase_wait(b.barrier(S::taken + i % S::list), (i / S::list & 1) ^ 1); };
+    const auto pass_on = [&](int i, int entry) {
         if (lane == 0) {
-            *(int *) (decode_smem + b.offset + S::list_at + 4 * (n % S::list)) = entry;
-            phase_arrive(b.barrier(S::listed + n % S::list));
+            *(int *) (decode_smem + column(i) + S::column_entry) = entry;
         }
-        n++;
+        __syncwarp();
+        if (lane == 0) {
+            phase_arrive(b.barrier(S::listed + i % S::list));
+        }
     };
 #pragma unroll 1
-    for (int tile = b.tile_begin + warp, turn = 0; tile - warp < b.tile_end; tile += 4, turn ^= 4) {
-        const int t0 = tile * S::TILE;
-        uint32_t any = 0, visible = tile < b.tile_end ? 1u : 0u;
-        if (b.mask && tile < b.tile_end) {
+    for (int first = b.tile_begin, turn = 0; first < b.tile_end; first += 4, turn ^= 4) {
+        const int tile = first + warp, t0 = tile * S::TILE;
+        uint32_t any = 0, visible = 0, ks[2] = {}, vs[2] = {};
+        if (tile < b.tile_end) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int t = min(t0 + lane + 32 * i, p.n_kv - 1);
+                ks[i] = scale_bits<K>(k_scales + t * p.k_nb1);
+                vs[i] = scale_bits<V>(v_scales + t * p.v_nb1);
+            }
+            visible = b.mask ? 0u : 1u;
+            any = t0 + S::TILE > p.n_kv; // tokens past the end are masked
             const char * const rows = b.mask + q0 * p.mask_nb1 + 2LL * t0;
-            visible = 0;
-            if (p.mask_vectors && t0 + S::TILE <= p.n_kv) {
+            if (b.mask && p.mask_vectors && t0 + S::TILE <= p.n_kv) {
                 // 4 rows of 128 bytes at a time, 16 rows in flight
 #pragma unroll 1
                 for (int r0 = 0; r0 < n_q; r0 += 16) {
@@ -170,7 +183,7 @@ template <class S> PYTQ_DEV void prefill_find_tiles(const prefill_block<S> & b, 
                                    (x[i].w ^ 0xfc00fc00u);
                     }
                 }
-            } else {
+            } else if (b.mask) {
 #pragma unroll 1
                 for (int i = lane; i < n_q * S::TILE; i += 32) {
                     const int r = i / S::TILE, t = i % S::TILE;
@@ -183,50 +196,133 @@ template <class S> PYTQ_DEV void prefill_find_tiles(const prefill_block<S> & b, 
         }
         const bool seen = __any_sync(0xffffffffu, visible != 0), matters = __any_sync(0xffffffffu, any != 0);
         if (lane == 0) {
-            found[turn + warp] = seen ? 2 * tile + (matters ? 1 : 0) : -1;
+            found[turn + warp] = seen;
         }
         named_sync(3, 128);
-        if (warp == 0) {
-#pragma unroll 1
-            for (int i = 0; i < 4; i++) {
-                const int entry = found[turn + i];
-                if (entry >= 0) {
-                    pass_on(entry);
-                }
+        int place = n;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            place += i < warp ? found[turn + i] : 0;
+            n += found[turn + i];
+        }
+        if (seen) {
+            wait_for_place(place);
+            const int to = column(place);
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int t = lane + 32 * i;
+                const bool valid = t0 + t < p.n_kv;
+                const float kf = scale_of<K>(ks[i]) * book<K::code, K::bits>::step();
+                const float vf = scale_of<V>(vs[i]) * book<V::code, V::bits>::step();
+                *(float *) (decode_smem + to + 4 * t) = valid ? kf : 0.0f;
+                *(uint32_t *) (decode_smem + to + S::column_values + 4 * t) = valid ? half_factor(vf) : 0u;
             }
+            pass_on(place, 2 * tile + (matters ? 1 : 0));
         }
     }
     if (warp == 0) {
-        pass_on(-1);
+        wait_for_place(n);
+        pass_on(n, -1);
     }
 }
+
+// 16-byte pieces of one warp's blocks of a tile, as its lanes copy them.
+template <class T, int TOKENS> struct prefill_pieces {
+    static constexpr int per = raw_pitch<T>() / 16, n = (TOKENS * per + 31) / 32;
+    const char * from[n]; // in tile 0
+    int token[n];         // counted from the warp's first; large if there is nothing to copy
+    int step;             // bytes between tiles
+
+    PYTQ_DEV void init(const char * base, long long nb1, int tile_tokens, int lane) {
+        step = (int) nb1 * tile_tokens;
+#pragma unroll
+        for (int i = 0; i < n; i++) {
+            const int piece = 32 * i + lane, t = piece / per, c = piece - t * per;
+            const char * const block = base + t * nb1;
+            const int off = (int) ((uintptr_t) block & 15);
+            from[i] = block - off + 16 * c;
+            token[i] = t < TOKENS && 16 * c < off + T::block_bytes ? t : 1 << 30;
+        }
+    }
+    PYTQ_DEV void copy(uint32_t to, int tile, int n_tok, int lane) const {
+        const long long skip = (long long) tile * step;
+#pragma unroll
+        for (int i = 0; i < n; i++) {
+            if (token[i] < n_tok) {
+                copy16_to_shared(to + 16 * (32 * i + lane), from[i] + skip);
+            }
+        }
+    }
+};
+
+// Words of one lane in its warp's blocks of a tile. SCALED: the tile gets values, otherwise levels.
+template <class T, int TOKENS, bool SCALED> struct prefill_words {
+    using L = tile_lanes<T>;
+    static constexpr int n = TOKENS / L::tokens;
+    int at[n]; // in the first raw stage
+    uint32_t shift[n];
+    uint32_t plane[n][T::bits], factor[n];
+
+    PYTQ_DEV void init(int raw, const char * base, long long nb1, int lane) {
+#pragma unroll
+        for (int i = 0; i < n; i++) {
+            const int t = i * L::tokens + L::token(lane);
+            // a tile's tokens times any stride keep the alignment to 16 bytes, so this holds for all tiles
+            const int lead = (int) ((uintptr_t) (base + t * nb1) & 15) + T::data_off;
+            at[i] = raw + t * raw_pitch<T>() + ((lead & ~3) + 4 * L::word(lane)), shift[i] = 8 * (lead & 3);
+        }
+    }
+    // factors: where those of the warp's tokens lie
+    PYTQ_DEV void load(int stage, int factors, int lane) {
+#pragma unroll
+        for (int i = 0; i < n; i++) {
+            tile_planes<T>(at[i] + stage, shift[i], plane[i]);
+            factor[i] = SCALED ? shared_word(factors + 4 * (i * L::tokens + L::token(lane))) : 0u;
+        }
+    }
+    // unit_at: where the lane's four units lie
+    PYTQ_DEV void decode(const offset_table<T> & table, const hidden_constants & hidden, uint32_t bias,
+                         const int unit_at[4], int to, int lane) const {
+#pragma unroll
+        for (int i = 0; i < n; i++) {
+            uint32_t prev = 0;
+            if constexpr (T::code == PYTQ_CODE_TRELLIS) {
+                prev = __shfl_sync(0xffffffffu, plane[i][0], L::before(lane) & 31);
+                prev = L::word(lane) == 0 ? 0u : prev;
+            }
+            uint4 unit[4];
+            level_halves<T, SCALED>(table, hidden, bias, plane[i], prev, factor[i], unit);
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                *(uint4 *) (decode_smem + to + unit_at[k] + i * L::tokens * 128) = unit[k];
+            }
+        }
+    }
+};
 
 // One decoding warp: tokens warp_tokens * warp .. of every tile.
 template <class K, class V, class S> PYTQ_DEV void prefill_decode(const prefill_block<S> & b, int warp, int lane) {
     const prefill_params & p = b.p;
     using L = tile_lanes<K>;
-    constexpr int TW = S::warp_tokens, IT = S::items;
+    constexpr int TW = S::warp_tokens;
     const char * const k_base = p.k + b.seq * p.k_nb3 + b.head_kv * p.k_nb2 + (long long) TW * warp * p.k_nb1;
     const char * const v_base = p.v + b.seq * p.v_nb3 + b.head_kv * p.v_nb2 + (long long) TW * warp * p.v_nb1;
     const int raw = b.offset + S::raw_at + warp * S::warp_raw;
-    // 64 tokens times any stride keep the alignment to 16 bytes, so what depends on it is found once
-    const auto lead = [](const char * base, long long nb1, int t) { return (int) ((uintptr_t) (base + t * nb1) & 15); };
+    const uint32_t raw_address = b.base - b.offset + raw;
 
-    // words of this lane: byte offsets in a stage of the warp's raw bytes
-    int k_word[IT], v_word[IT];
-    uint32_t k_shift[IT], v_shift[IT];
+    prefill_pieces<K, TW> k_pieces;
+    prefill_pieces<V, TW> v_pieces;
+    k_pieces.init(k_base, p.k_nb1, S::TILE, lane);
+    v_pieces.init(v_base, p.v_nb1, S::TILE, lane);
+    prefill_words<K, TW, false> k_words;
+    prefill_words<V, TW, true> v_words;
+    k_words.init(raw, k_base, p.k_nb1, lane);
+    v_words.init(raw + TW * S::k_pitch, v_base, p.v_nb1, lane);
+    int unit_at[4];
 #pragma unroll
-    for (int i = 0; i < IT; i++) {
-        const int t = i * L::tokens + L::token(lane);
-        const int kb = lead(k_base, p.k_nb1, t) + K::data_off, vb = lead(v_base, p.v_nb1, t) + V::data_off;
-        k_word[i] = raw + t * S::k_pitch + ((kb & ~3) + 4 * L::word(lane)), k_shift[i] = 8 * (kb & 3);
-        v_word[i] = raw + TW * S::k_pitch + t * S::v_pitch + ((vb & ~3) + 4 * L::word(lane)), v_shift[i] = 8 * (vb & 3);
+    for (int k = 0; k < 4; k++) {
+        unit_at[k] = b.offset + S::k_at + tile_at(S::TILE, TW * warp + L::token(lane), 4 * L::word(lane) + k);
     }
-    const int scale_token = lane % TW; // whose scales this lane turns into columns
-    const int k_scale = raw + scale_token * S::k_pitch + lead(k_base, p.k_nb1, scale_token);
-    const int v_scale = raw + TW * S::k_pitch + scale_token * S::v_pitch + lead(v_base, p.v_nb1, scale_token);
-    // first unit of this lane in a tile; unit k lies at this ^ 16 k
-    const int store = tile_at(S::TILE, TW * warp + L::token(lane), 4 * L::word(lane));
 
     const uint32_t zero = (uint32_t) lane * p.hidden.zero;
     offset_table<K> k_table;
@@ -239,120 +335,82 @@ template <class K, class V, class S> PYTQ_DEV void prefill_decode(const prefill_
     }
     const uint32_t bias = own_register(0x01010101u - 1u, zero);
 
-    // 16-byte pieces of this warp's tokens of a tile
-    const auto fetch_side = [&](auto pitch_constant, int block_bytes, const char * base, long long nb1, int to,
-                                int n_tok) {
-        constexpr int PER = decltype(pitch_constant)::value / 16, N = (TW * PER + 31) / 32;
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            const int piece = 32 * i + lane, t = piece / PER, c = piece - t * PER;
-            const char * const block = base + t * nb1;
-            const int off = (int) ((uintptr_t) block & 15);
-            if (t < n_tok && 16 * c < off + block_bytes && (TW * PER % 32 == 0 || t < TW)) {
-                copy16_to_shared(b.base - b.offset + to + 16 * piece, block - off + 16 * c);
-            }
-        }
-    };
+    int fetched = 0, fetch_stage = 0, column = b.offset + S::columns_at + S::column_values + 4 * TW * warp, n = 0;
     bool ended = false;
-    const auto fetch = [&](int n) { // of entry n of the list; returns the entry
+    const auto fetch = [&]() { // the next entry's bytes; returns the entry
         int entry = -1;
         if (!ended) {
-            phase_wait(b.barrier(S::listed + n % S::list), n / S::list & 1);
-            entry = *(const int *) (decode_smem + b.offset + S::list_at + 4 * (n % S::list));
+            const int i = fetched % S::list;
+            phase_wait(b.barrier(S::listed + i), fetched / S::list & 1);
+            entry = *(const int *) (decode_smem + b.offset + S::columns_at + fetched % S::columns * S::column_bytes +
+                                    S::column_entry);
             __syncwarp();
             if (lane == 0) {
-                phase_arrive(b.barrier(S::taken + n % S::list));
+                phase_arrive(b.barrier(S::taken + i));
             }
             ended = entry < 0;
             if (!ended) {
-                const int t0 = (entry >> 1) * S::TILE, n_tok = p.n_kv - t0 - TW * warp;
-                const int to = raw + n % S::raw_stages * S::raw_bytes;
-                fetch_side(prefill_constant<S::k_pitch>(), K::block_bytes, k_base + t0 * p.k_nb1, p.k_nb1, to, n_tok);
-                fetch_side(prefill_constant<S::v_pitch>(), V::block_bytes, v_base + t0 * p.v_nb1, p.v_nb1,
-                           to + TW * S::k_pitch, n_tok);
+                const int tile = entry >> 1, n_tok = p.n_kv - tile * S::TILE - TW * warp;
+                k_pieces.copy(raw_address + fetch_stage, tile, n_tok, lane);
+                v_pieces.copy(raw_address + fetch_stage + TW * S::k_pitch, tile, n_tok, lane);
             }
+            fetched++;
+            fetch_stage = fetch_stage == (S::raw_stages - 1) * S::raw_bytes ? 0 : fetch_stage + S::raw_bytes;
         }
         copies_commit();
         return entry;
     };
-
-    int entry = fetch(0), next = fetch(1);
-    int stage = 0, phase = 0, raw_stage = 0;
-#pragma unroll 1
-    for (int n = 0;; n++) {
-        const int after = fetch(n + 2);
-        copies_wait<2>();
+    const auto pass_on = [&](int barrier) {
+        publish_to_wgmma();
         __syncwarp();
-        phase_wait(b.barrier(S::k_empty + stage), phase ^ 1);
-        const int columns = b.offset + S::columns_at + n % S::columns * S::column_bytes;
-        if (warp == 0 && lane == 0) {
-            *(int *) (decode_smem + columns + S::column_info) = entry;
+        if (lane == 0) {
+            phase_arrive(b.barrier(barrier));
         }
-        const int shift_stage = raw_stage * S::raw_bytes;
+    };
+
+    int entry = fetch(), next = fetch();
+    int stage = 0, phase = 1, raw_stage = 0;
+    copies_wait<1>();
+    __syncwarp();
+    if (entry >= 0) {
+        k_words.load(0, 0, lane);
+    }
+    // Whatever takes a while (loads, stores that a barrier publishes) has other work between its start and its end.
+#pragma unroll 1
+    while (entry >= 0) {
+        phase_wait(b.barrier(S::k_empty + stage), phase);
+        k_words.decode(k_table, p.hidden, bias, unit_at, stage * S::tile_bytes, lane);
+        v_words.load(raw_stage, column + n % S::columns * S::column_bytes, lane);
+        n++;
+        pass_on(S::k_full + stage);
+        phase_wait(b.barrier(S::v_empty + stage), phase);
+        v_words.decode(v_table, p.hidden, bias, unit_at, stage * S::tile_bytes + S::v_at - S::k_at, lane);
+        entry = next;
+        next = fetch();
+        copies_wait<1>();
+        __syncwarp();
+        raw_stage = raw_stage == (S::raw_stages - 1) * S::raw_bytes ? 0 : raw_stage + S::raw_bytes;
         if (entry >= 0) {
-            if (lane < TW) {
-                const bool valid = (entry >> 1) * S::TILE + TW * warp + scale_token < p.n_kv;
-                const int t = TW * warp + scale_token;
-                const float s = block_scale<K, 0>(k_scale + shift_stage) * book<K::code, K::bits>::step();
-                const float l = block_log2_scale<V>(v_scale + shift_stage);
-                *(float2 *) (decode_smem + columns + 8 * t) = make_float2(valid ? s : 0.0f, valid ? l : -INFINITY);
-                *(float *) (decode_smem + columns + S::column_inverse + 4 * t) = valid ? exp2_fast(-l) : 0.0f;
-            }
-            const auto decode_side = [&](auto side, const auto & table, const int * word, const uint32_t * shift,
-                                         int to) {
-                using T = typename decltype(side)::type;
-#pragma unroll
-                for (int i = 0; i < IT; i++) {
-                    uint32_t plane[T::bits], prev = 0;
-                    tile_planes<T>(word[i] + shift_stage, shift[i], plane);
-                    if constexpr (T::code == PYTQ_CODE_TRELLIS) {
-                        prev = __shfl_sync(0xffffffffu, plane[0], L::before(lane) & 31);
-                        prev = L::word(lane) == 0 ? 0u : prev;
-                    }
-                    uint4 unit[4];
-                    level_halves<T>(table, p.hidden, bias, plane, prev, unit);
-                    const int at = b.offset + to + stage * S::tile_bytes;
-#pragma unroll
-                    for (int k = 0; k < 4; k++) {
-                        *(uint4 *) (decode_smem + at + (store ^ 16 * k) + i * L::tokens * 128) = unit[k];
-                    }
-                }
-                publish_to_wgmma();
-            };
-            decode_side(prefill_tag<K>(), k_table, k_word, k_shift, S::k_at);
-            __syncwarp();
-            if (lane == 0) {
-                phase_arrive(b.barrier(S::k_full + stage));
-            }
-            phase_wait(b.barrier(S::v_empty + stage), phase ^ 1);
-            decode_side(prefill_tag<V>(), v_table, v_word, v_shift, S::v_at);
-            __syncwarp();
-            if (lane == 0) {
-                phase_arrive(b.barrier(S::v_full + stage));
-            }
-        } else {
-            __syncwarp();
-            if (lane == 0) {
-                phase_arrive(b.barrier(S::k_full + stage));
-            }
-            break;
+            k_words.load(raw_stage, 0, lane);
         }
-        entry = next, next = after;
-        raw_stage = raw_stage + 1 == S::raw_stages ? 0 : raw_stage + 1;
+        publish_to_wgmma();
         if (++stage == S::STAGES) {
             stage = 0, phase ^= 1;
         }
     }
+    // the entry of the end
+    phase_wait(b.barrier(S::k_empty + stage), phase);
+    pass_on(S::k_full + stage);
     copies_wait<0>();
 }
 
 // One warpgroup of 64 rows.
-template <class K, class V, class S, bool Q_REGISTERS>
-PYTQ_DEV void prefill_multiply(const prefill_block<S> & b, int group, int thread) {
+template <class K, class V, class S>
+PYTQ_DEV void prefill_multiply(const prefill_block<S> & b, int group, int warp, int lane) {
     constexpr int D = S::D, TILE = S::TILE;
     constexpr float LOG2E = 1.44269504f;
     const prefill_params & p = b.p;
-    const int lane = thread & 31, warp = thread >> 5, g = lane >> 2, j = lane & 3;
+    const int thread = 32 * warp + lane, g = lane >> 2, j = lane & 3;
     const int q_at = S::q_at + group * 64 * 2 * D;
 
     // Queries to f16, with everything that multiplies a logit but the key's scale.
@@ -384,20 +442,15 @@ PYTQ_DEV void prefill_multiply(const prefill_block<S> & b, int group, int thread
             unit(2, [](float4 f) { return f.z; });
             unit(3, [](float4 f) { return f.w; });
         }
-        publish_to_wgmma();
         named_sync(1 + group, 128);
     }
-    // Q as the A operand: from shared memory, or once to registers.
-    uint32_t qa[Q_REGISTERS ? D / 16 : 1][4];
-    const uint64_t q_desc = swizzled_operand(b.base + q_at, 0);
-    if constexpr (Q_REGISTERS) {
+    uint32_t qa[D / 16][4]; // the A operand
 #pragma unroll
-        for (int s = 0; s < D / 16; s++) {
+    for (int k = 0; k < D / 16; k++) {
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                qa[s][i] =
-                    shared_word(b.offset + q_at + tile_at(64, 16 * warp + g + 8 * (i & 1), 2 * s + (i >> 1)) + 4 * j);
-            }
+        for (int i = 0; i < 4; i++) {
+            qa[k][i] =
+                shared_word(b.offset + q_at + tile_at(64, 16 * warp + g + 8 * (i & 1), 2 * k + (i >> 1)) + 4 * j);
         }
     }
 
@@ -409,105 +462,104 @@ PYTQ_DEV void prefill_multiply(const prefill_block<S> & b, int group, int thread
         o[i] = 0.0f;
     }
     const auto row_of = [&](int h) { return min(b.row0 + group * 64 + 16 * warp + g + 8 * h, p.n_rows - 1); };
+    // (opaque: or the division would be done in every turn of the loop)
+    const uint32_t query[2] = {opaque(row_of(0) / p.gqa), opaque(row_of(1) / p.gqa)};
     float slope[2] = {LOG2E, LOG2E};
     if (p.max_bias > 0.0f) {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            const int head = b.head_kv * p.gqa + row_of(h) % p.gqa;
+            const int head = b.head_kv * p.gqa + row_of(h) - (int) query[h] * p.gqa;
             slope[h] *= head < p.n_head_log2 ? powf(p.m0, (float) (head + 1))
                                              : powf(p.m1, (float) (2 * (head - p.n_head_log2) + 1));
         }
     }
-    int stage = 0, phase = 0;
+    const swizzled_operand k_operand(b.base + S::k_at, 0), v_operand(b.base + S::v_at, TILE * 128);
 
-    const auto logits = [&]() { // S = Q K in the background
-        const uint32_t keys = b.base + S::k_at + stage * S::tile_bytes;
+    const auto logits = [&](int stage) { // S = Q K in the background
+        const swizzled_operand keys = k_operand + stage * S::tile_bytes;
         pin(s);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < D / 16; k++) {
-            const uint64_t kd = swizzled_operand(keys + (k >> 2) * TILE * 128 + (k & 3) * 32, 0);
-            if constexpr (Q_REGISTERS) {
-                wgmma_rs(s, qa[k], kd, k > 0);
-            } else {
-                wgmma_ss(s, q_desc + ((k >> 2) * 64 * 128 + (k & 3) * 32) / 16, kd, k > 0);
-            }
+            wgmma_rs(s, qa[k], keys.at((k >> 2) * TILE * 128 + (k & 3) * 32), k > 0);
         }
         wgmma_commit();
     };
-    const auto output = [&](int from) { // O += P V in the background
-        const uint32_t values = b.base + S::v_at + from * S::tile_bytes;
+    const auto output = [&](const swizzled_operand & values) { // O += P V in the background
         pin(o);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < TILE / 16; k++) {
-            wgmma_rs_outer(o, &weights[4 * k], swizzled_operand(values + k * 2048, TILE * 128));
+            wgmma_rs_outer(o, &weights[4 * k], values.at(k * 2048));
         }
         wgmma_commit();
     };
+    // Factors of this lane's pairs of columns. (Loads of shared memory queue behind products issued before them.)
+    float2 factor[TILE / 8];
+    const auto load_factors = [&](int at) {
+#pragma unroll
+        for (int c = 0; c < TILE / 8; c++) {
+            factor[c] = *(const float2 *) (decode_smem + at + 32 * c + 8 * j);
+        }
+    };
     // Softmax of S: leaves weights in S, sets alpha; returns whether the accumulators have to be rescaled.
-    const auto softmax = [&](int n, int entry) {
-        const int columns = b.offset + S::columns_at + n % S::columns * S::column_bytes + 16 * j;
+    const auto softmax = [&](int entry) {
+#pragma unroll
+        for (int c = 0; c < TILE / 8; c++) {
+            s[4 * c + 0] *= factor[c].x, s[4 * c + 1] *= factor[c].y;
+            s[4 * c + 2] *= factor[c].x, s[4 * c + 3] *= factor[c].y;
+        }
         if (p.softcap != 0.0f) {
 #pragma unroll
-            for (int c = 0; c < TILE / 8; c++) {
-                const float4 f = *(const float4 *) (decode_smem + columns + 64 * c);
-#pragma unroll
-                for (int i = 0; i < 4; i++) { // tanh(x) = 1 - 2 / (1 + e^(2 x))
-                    const float x = s[4 * c + i] * (i & 1 ? f.z : f.x);
-                    const float t = 1.0f - __fdividef(2.0f, 1.0f + exp2_fast(fminf(2.0f * LOG2E * x, 80.0f)));
-                    s[4 * c + i] = fmaf(p.softcap * LOG2E, t, i & 1 ? f.w : f.y);
-                }
-            }
-        } else {
-#pragma unroll
-            for (int c = 0; c < TILE / 8; c++) {
-                const float4 f = *(const float4 *) (decode_smem + columns + 64 * c);
-                s[4 * c + 0] = fmaf(s[4 * c + 0], f.x, f.y), s[4 * c + 1] = fmaf(s[4 * c + 1], f.z, f.w);
-                s[4 * c + 2] = fmaf(s[4 * c + 2], f.x, f.y), s[4 * c + 3] = fmaf(s[4 * c + 3], f.z, f.w);
+            for (int i = 0; i < TILE / 2; i++) { // tanh(x) = 1 - 2 / (1 + e^(2 x))
+                const float e = exp2_fast(fminf(2.0f * LOG2E * s[i], 80.0f));
+                s[i] = p.softcap * LOG2E * (1.0f - __fdividef(2.0f, 1.0f + e));
             }
         }
         if (entry & 1) {
             const int t0 = (entry >> 1) * TILE;
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                const char * const mask = b.mask + (row_of(h) / p.gqa) * p.mask_nb1;
+                const char * const mask = b.mask + query[h] * p.mask_nb1;
 #pragma unroll
                 for (int i = 0; i < TILE / 4; i++) {
-                    const int t = t0 + 8 * (i >> 1) + 2 * j + (i & 1), at = 4 * (i >> 1) + 2 * h + (i & 1);
-                    if (t < p.n_kv) {
-                        s[at] = fmaf(mask_value(mask + 2LL * t), slope[h], s[at]);
+                    const int t = t0 + 8 * (i >> 1) + 2 * j + (i & 1), x = 4 * (i >> 1) + 2 * h + (i & 1);
+                    if (t >= p.n_kv) {
+                        s[x] = -INFINITY;
+                    } else if (b.mask) {
+                        s[x] = fmaf(mask_value(mask + 2LL * t), slope[h], s[x]);
                     }
                 }
             }
         }
-        float m[2] = {s[0], s[2]};
+        float m[4] = {s[0], s[2], s[1], s[3]};
 #pragma unroll
-        for (int i = 0; i < TILE / 2; i++) {
-            m[i >> 1 & 1] = fmaxf(m[i >> 1 & 1], s[i]);
+        for (int i = 4; i < TILE / 2; i++) {
+            float & x = m[(i >> 1 & 1) + 2 * (i & 1)];
+            x = fmaxf(x, s[i]);
         }
-        bool grew = false;
+        m[0] = fmaxf(m[0], m[2]), m[1] = fmaxf(m[1], m[3]);
+        const bool grew = __any_sync(0xffffffffu, m[0] > top[0] + 8.0f || m[1] > top[1] + 8.0f);
+        if (grew) {
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-            m[h] = fmaxf(m[h], __shfl_xor_sync(0xffffffffu, m[h], 1));
-            m[h] = fmaxf(m[h], __shfl_xor_sync(0xffffffffu, m[h], 2));
-            const float top_new = m[h] > top[h] + 8.0f ? m[h] : top[h];
-            alpha[h] = exp2_fast(top[h] - top_new);
-            grew |= top_new != top[h];
-            top[h] = top_new;
-            sum[h] *= alpha[h];
-        }
-#pragma unroll
-        for (int c = 0; c < TILE / 8; c++) {
-            const float2 inv = *(const float2 *) (decode_smem + columns - 8 * j + S::column_inverse + 32 * c);
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const float e = exp2_fast(s[4 * c + i] - top[i >> 1]);
-                s[4 * c + i] = e;
-                sum[i >> 1] = fmaf(e, i & 1 ? inv.y : inv.x, sum[i >> 1]);
+            for (int h = 0; h < 2; h++) {
+                m[h] = fmaxf(m[h], __shfl_xor_sync(0xffffffffu, m[h], 1));
+                m[h] = fmaxf(m[h], __shfl_xor_sync(0xffffffffu, m[h], 2));
+                const float top_new = fmaxf(top[h], m[h]);
+                alpha[h] = exp2_fast(top[h] - top_new);
+                top[h] = top_new;
+                sum[h] *= alpha[h];
             }
         }
-        return (bool) __any_sync(0xffffffffu, grew);
+        float more[2] = {0.0f, 0.0f};
+#pragma unroll
+        for (int i = 0; i < TILE / 2; i++) {
+            s[i] = exp2_fast(s[i] - top[i >> 1 & 1]);
+            float & l = i & 1 ? more[i >> 1 & 1] : sum[i >> 1 & 1];
+            l += s[i];
+        }
+        sum[0] += more[0], sum[1] += more[1];
+        return grew;
     };
     const auto pack = [&]() { // accumulator fragments of 8 columns are halves of A fragments of 16
 #pragma unroll
@@ -521,57 +573,55 @@ PYTQ_DEV void prefill_multiply(const prefill_block<S> & b, int group, int thread
             phase_arrive(b.barrier(barrier));
         }
     };
-    const auto entry_of = [&](int n) {
-        return *(const int *) (decode_smem + b.offset + S::columns_at + n % S::columns * S::column_bytes +
-                               S::column_info);
-    };
-
-    phase_wait(b.barrier(S::k_full), 0);
-    int entry = entry_of(0);
-    if (entry >= 0) {
-        logits();
-        wgmma_wait<0>();
-        pin(s);
-        leave(S::k_empty);
-        softmax(0, entry);
-        pack();
-#pragma unroll 1
-        for (int n = 1;; n++) {
-            const int before = stage, before_phase = phase;
-            if (++stage == S::STAGES) {
-                stage = 0, phase ^= 1;
-            }
-            phase_wait(b.barrier(S::k_full + stage), phase);
-            entry = entry_of(n);
-            if (entry < 0) {
-                phase_wait(b.barrier(S::v_full + before), before_phase);
-                output(before);
-                wgmma_wait<0>();
-                pin(o);
-                break;
-            }
-            logits();
-            phase_wait(b.barrier(S::v_full + before), before_phase);
-            output(before);
-            wgmma_wait<1>();
-            pin(s);
-            leave(S::k_empty + stage);
-            const bool grew = softmax(n, entry);
-            wgmma_wait<0>();
-            pin(o);
-            leave(S::v_empty + before);
-            if (grew) {
+    // The first turn adds products of weights 0 with keys instead of values, since there are no values before it.
+    int stage = 0, phase = 0, column = b.offset + S::columns_at;
+    swizzled_operand values(b.base + S::k_at, TILE * 128);
+    bool first = true;
 #pragma unroll
-                for (int i = 0; i < D / 2; i++) {
-                    o[i] *= alpha[i >> 1 & 1];
-                }
-            }
-            pack();
+    for (int i = 0; i < TILE / 4; i++) {
+        weights[i] = 0u;
+    }
+#pragma unroll 1
+    for (;;) {
+        phase_wait(b.barrier(S::k_full + stage), phase);
+        const int entry = *(const int *) (decode_smem + column + S::column_entry);
+        if (entry < 0) {
+            break;
         }
+        load_factors(column);
+        logits(stage);
+        output(values);
+        wgmma_wait<1>();
+        pin(s);
+        leave(S::k_empty + stage);
+        const bool grew = softmax(entry);
+        wgmma_wait<0>();
+        pin(o);
+        if (!first) {
+            leave(S::v_empty + (stage == 0 ? S::STAGES - 1 : stage - 1));
+        }
+        if (grew) {
+#pragma unroll
+            for (int i = 0; i < D / 2; i++) {
+                o[i] *= alpha[i >> 1 & 1];
+            }
+        }
+        pack();
+        first = false;
+        values = v_operand + stage * S::tile_bytes;
+        if (++stage == S::STAGES) {
+            stage = 0, phase ^= 1;
+        }
+        column = column == b.offset + S::columns_at + (S::columns - 1) * S::column_bytes ? b.offset + S::columns_at
+                                                                                         : column + S::column_bytes;
+    }
+    if (!first) {
+        output(values);
+        wgmma_wait<0>();
+        pin(o);
     }
 
     // Columns 8 c + 2 j + e of four neighbouring c are four neighbouring coordinates.
-    constexpr float step = book<V::code, V::bits>::step();
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         const int row = b.row0 + group * 64 + 16 * warp + g + 8 * h;
@@ -583,7 +633,7 @@ PYTQ_DEV void prefill_multiply(const prefill_block<S> & b, int group, int thread
         }
         const int iq = row / p.gqa, head = b.head_kv * p.gqa + row - iq * p.gqa;
         float * out;
-        float f = step;
+        float f = 1.0f;
         if (p.n_splits == 1) {
             if (p.sinks) {
                 const float sink = p.sinks[head] * LOG2E, t = fmaxf(top[h], sink), down = exp2f(top[h] - t);
@@ -613,14 +663,14 @@ PYTQ_DEV void prefill_multiply(const prefill_block<S> & b, int group, int thread
 
 #endif // PYTQ_WGMMA
 
-template <int KT, int VT, int DECODERS, int STAGES, bool Q_REGISTERS>
-__global__ void __launch_bounds__(prefill_shape<type<KT>, type<VT>, DECODERS, STAGES>::threads, 1)
+template <int KT, int VT, int STAGES>
+__global__ void __launch_bounds__(prefill_shape<type<KT>, type<VT>, STAGES>::threads, 1)
     attention_prefill(const PYTQ_GRID_CONSTANT prefill_params p) {
 #ifdef PYTQ_WGMMA
     using K = type<KT>;
     using V = type<VT>;
-    using S = prefill_shape<K, V, DECODERS, STAGES>;
-    const int lane = threadIdx.x & 31, warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);
+    using S = prefill_shape<K, V, STAGES>;
+    const int lane = (int) opaque(threadIdx.x & 31), warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);
     const uint32_t smem = (uint32_t) __cvta_generic_to_shared(decode_smem);
     const int offset = (int) (-smem & 1023u);
     const int seq = blockIdx.z / p.n_head_kv, split = blockIdx.x;
@@ -637,8 +687,7 @@ __global__ void __launch_bounds__(prefill_shape<type<KT>, type<VT>, DECODERS, ST
                           p.mask ? p.mask + (p.n_seq_mask == 1 ? 0 : seq % p.n_seq_mask) * p.mask_nb3 : nullptr};
     if (threadIdx.x == 0) {
         for (int i = 0; i < S::n_barriers; i++) {
-            const bool by_multipliers = (i >= S::k_empty && i < S::v_full) || i >= S::v_empty;
-            phase_init(b.barrier(i), i < S::taken ? 1 : by_multipliers ? 8 : DECODERS);
+            phase_init(b.barrier(i), i < S::taken ? 1 : i < S::k_empty ? S::decoders : 8);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
@@ -647,13 +696,13 @@ __global__ void __launch_bounds__(prefill_shape<type<KT>, type<VT>, DECODERS, ST
     grid_trigger();
     if (warp < 8) {
         registers_grow<S::multiplier_registers>();
-        prefill_multiply<K, V, S, Q_REGISTERS>(b, warp >> 2, threadIdx.x & 127);
-    } else if (warp < 8 + DECODERS) {
+        prefill_multiply<K, V, S>(b, warp >> 2, warp & 3, lane);
+    } else if (warp < 8 + S::decoders) {
         registers_shrink<S::decoder_registers>();
         prefill_decode<K, V, S>(b, warp - 8, lane);
     } else {
         registers_shrink<S::finder_registers>();
-        prefill_find_tiles(b, warp - 8 - DECODERS, lane);
+        prefill_find_tiles<K, V, S>(b, warp - 8 - S::decoders, lane);
     }
 #endif
 }

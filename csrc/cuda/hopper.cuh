@@ -63,10 +63,17 @@ template <int N> PYTQ_DEV void registers_shrink() {
 
 // Operand in shared memory in 128-byte swizzle: groups of 8 rows of 128 bytes (64 halves), unit u of 16 bytes of row r
 // at u ^ (r & 7); groups follow each other every 1024 bytes. Further 64 columns lie `next` bytes behind.
-PYTQ_DEV uint64_t swizzled_operand(uint32_t address, int next) {
-    return (uint64_t) ((address & 0x3ffffu) >> 4) | (uint64_t) ((uint32_t) next >> 4) << 16 |
-           (uint64_t) (1024u >> 4) << 32 | 1ull << 62;
-}
+struct swizzled_operand {
+    uint32_t low;
+    PYTQ_DEV swizzled_operand(uint32_t address, int next) : low(address >> 4 | (uint32_t) next >> 4 << 16) {}
+    PYTQ_DEV swizzled_operand operator+(int bytes) const {
+        swizzled_operand r = *this;
+        r.low += (uint32_t) bytes >> 4;
+        return r;
+    }
+    // so many bytes further on
+    PYTQ_DEV uint64_t at(int bytes) const { return (uint64_t) (1024u >> 4 | 1u << 30) << 32 | (low + (bytes >> 4)); }
+};
 
 PYTQ_DEV void wgmma_fence() {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");

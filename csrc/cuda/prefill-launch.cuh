@@ -7,10 +7,10 @@ namespace pytq {
 
 // p as a caller sets it, after prefill_plan(); with several splits p.meta must be given prefill_part_rows() pairs and
 // p.part as many rows of floats.
-template <int KT, int VT, int DECODERS = 4, int STAGES = 2, bool Q_REGISTERS = true>
+template <int KT, int VT, int STAGES = 2>
 cudaError_t prefill_launch(const prefill_params & p, int device, cudaStream_t stream) {
-    using S = prefill_shape<type<KT>, type<VT>, DECODERS, STAGES>;
-    const auto kernel = attention_prefill<KT, VT, DECODERS, STAGES, Q_REGISTERS>;
+    using S = prefill_shape<type<KT>, type<VT>, STAGES>;
+    const auto kernel = attention_prefill<KT, VT, STAGES>;
     constexpr int MAX_DEVICES = 64;
     static bool granted[MAX_DEVICES] = {};
     if (device >= MAX_DEVICES || !granted[device]) {

@@ -1,9 +1,11 @@
 // Blocks in shared memory to f16 tiles in the layout that wgmma reads, for prefill attention.
 //
-// A tile holds the levels themselves, exact in f16; scales stay outside (attention-prefill.cuh). One lane decodes 32
-// coordinates of a token: the level tables hold level + 128, so one byte permute puts two of them below the exponent of
-// 1024 and one addition leaves two levels. Coordinates come four apart, and stay so: the query is permuted alike, and
-// the result's columns are named accordingly where they are stored.
+// A tile of keys holds the levels themselves, exact in f16; their scales stay outside, since rounding a scale would
+// move a logit more than rounding every coordinate does. Values are multiplied by their scale in f16, which is cheaper
+// than to do so with every weight. One lane decodes 32 coordinates of a token: the level tables hold level + 128, so
+// one byte permute puts two of them below the exponent of 1024 and one addition leaves two levels. Coordinates come
+// four apart, and stay so: the query is permuted alike, and the result's columns are named accordingly where they are
+// stored.
 #pragma once
 
 #include "attention-levels.cuh"
@@ -37,20 +39,44 @@ PYTQ_HD constexpr int tile_at(int rows, int r, int u) {
     return (u >> 3) * rows * 128 + r * 128 + (((u & 7) ^ (r & 7)) << 4);
 }
 
-// Levels of 32 coordinates as halves, in the order of tile_column().
-template <class T>
+// The f16 factor of a block's levels, twice. It is that of 128 levels, so that small scales stay normal numbers.
+constexpr float half_unit = 128.0f;
+PYTQ_DEV uint32_t half_factor(float scale_and_step) {
+    union {
+        uint32_t u;
+        __half2 h;
+    } v;
+    v.h = __float2half2_rn(scale_and_step * half_unit);
+    return v.u;
+}
+
+// Two halves from bytes s and s + 1 (see bytes_to_halves()) of levels + 128, times a factor.
+PYTQ_DEV uint32_t bytes_to_scaled_halves(uint32_t x, uint32_t sel, uint32_t factor) {
+    union {
+        uint32_t u;
+        __half2 h;
+    } v, f;
+    v.u = permute_bytes(x, 0x64646464u, sel), f.u = factor;
+    v.h = __hmul2(__hfma2(v.h, __float2half2_rn(1.0f / half_unit), __float2half2_rn(-1152.0f / half_unit)), f.h);
+    return v.u;
+}
+
+// Levels of 32 coordinates as halves, in the order of tile_column(); SCALED: times half_factor() of the block.
+template <class T, bool SCALED>
 PYTQ_DEV void level_halves(const offset_table<T> & table, const hidden_constants & hidden, uint32_t bias,
-                           const uint32_t * plane, uint32_t prev, uint4 unit[4]) {
+                           const uint32_t * plane, uint32_t prev, uint32_t factor, uint4 unit[4]) {
     constexpr int NB = index_bits(T::code, T::bits), CODE = offset_code(T::code);
     uint32_t index[NB], lev[8];
     index_planes<T::code, T::bits, true>(plane, prev, index);
     fold_sign<CODE, NB>(index);
     folded_levels<CODE, NB>(table, hidden, bias, index, lev);
+    const auto pair = [&](uint32_t x, uint32_t sel) {
+        return SCALED ? bytes_to_scaled_halves(x, sel, factor) : bytes_to_halves(x, sel);
+    };
 #pragma unroll
     for (int k = 0; k < 4; k++) {
-        unit[k] =
-            make_uint4(bytes_to_halves(lev[2 * k], 0x04010400u), bytes_to_halves(lev[2 * k], 0x04030402u),
-                       bytes_to_halves(lev[2 * k + 1], 0x04010400u), bytes_to_halves(lev[2 * k + 1], 0x04030402u));
+        unit[k] = make_uint4(pair(lev[2 * k], 0x04010400u), pair(lev[2 * k], 0x04030402u),
+                             pair(lev[2 * k + 1], 0x04010400u), pair(lev[2 * k + 1], 0x04030402u));
     }
 }
 
@@ -67,9 +93,10 @@ template <class T> struct tile_lanes {
     PYTQ_HD static constexpr int before(int lane) { return lane & 1 ? lane - 1 : lane - 7; }
 };
 
-// Bytes of shared memory for a block of T that begins anywhere in its first 16 bytes, and windows around it.
+// Bytes of shared memory for a block of T that begins anywhere in its first 16 bytes: an odd multiple of 16, so that
+// the words that lanes read together lie in different banks.
 template <class T> PYTQ_HD constexpr int raw_pitch() {
-    return (T::block_bytes + 15 + 15) / 16 * 16;
+    return ((T::block_bytes + 15 + 15) / 16 | 1) * 16;
 }
 
 // Planes of this lane's 32 coordinates. at: byte of the first word of plane 0 rounded down to 4, shift: bits beyond it.

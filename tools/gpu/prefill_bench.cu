@@ -16,11 +16,11 @@
 #include <string>
 #include <utility>
 
-// Variants to compare, (decoding warps, stages, queries in registers).
+// Variants to compare, (stages).
 #ifdef ALL_VARIANTS
-#define VARIANTS(X) X(4, 2, true) X(4, 2, false) X(8, 2, false)
+#define VARIANTS(X) X(2) X(3)
 #else
-#define VARIANTS(X) X(4, 2, true)
+#define VARIANTS(X) X(2)
 #endif
 
 enum mask_kind { NO_MASK, CAUSAL, WINDOW, SCATTERED };
@@ -250,9 +250,9 @@ template <int KT, int VT> static void check(const char * name, const shape & a, 
                a.alibi, a.permuted, in.p.n_splits, rel, worst, worst_row, bad, ok ? "true" : "false");
         fflush(stdout);
     };
-#define X(decoders, stages, q_registers)                                                                               \
-    CHECK((pytq::prefill_launch<KT, VT, decoders, stages, q_registers>(in.p, 0, 0)));                                  \
-    judge(#decoders "," #stages "," #q_registers);
+#define X(stages)                                                                                                      \
+    CHECK((pytq::prefill_launch<KT, VT, stages>(in.p, 0, 0)));                                                         \
+    judge(#stages);
     VARIANTS(X)
 #undef X
 }
@@ -262,21 +262,21 @@ template <int KT, int VT> static void time_prefill(const char * name, int n_past
     const shape a = {n_past + 512, 8, 4, 512, 1, CAUSAL};
     inputs<KT, VT> in(a, n_sm, SETS);
     const double flop = 4.0 * pytq::type<KT>::d * 32 * 512 * (n_past + 256.5);
-#define X(decoders, stages, q_registers)                                                                               \
+#define X(stages)                                                                                                      \
     {                                                                                                                  \
         const auto run = [&](int i) {                                                                                  \
             pytq::prefill_params p = in.p;                                                                             \
             p.k += (i % SETS) * in.set_bytes(in.k.size()), p.v += (i % SETS) * in.set_bytes(in.v.size());              \
-            CHECK((pytq::prefill_launch<KT, VT, decoders, stages, q_registers>(p, 0, 0)));                             \
+            CHECK((pytq::prefill_launch<KT, VT, stages>(p, 0, 0)));                                                    \
         };                                                                                                             \
         if (once) {                                                                                                    \
             run(0);                                                                                                    \
             CHECK(cudaDeviceSynchronize());                                                                            \
         } else {                                                                                                       \
             const double us = median_us(run, n_past > 4096 ? 9 : 30);                                                  \
-            printf("{\"time\": \"prefill\", \"types\": \"%s\", \"variant\": \"%d,%d,%d\", \"n_past\": %d, \"n_q\": "   \
+            printf("{\"time\": \"prefill\", \"types\": \"%s\", \"variant\": \"%d\", \"n_past\": %d, \"n_q\": "         \
                    "512, \"splits\": %d, \"us\": %.1f, \"tflops\": %.0f}\n",                                           \
-                   name, decoders, stages, q_registers, n_past, in.p.n_splits, us, flop / us * 1e-6);                  \
+                   name, stages, n_past, in.p.n_splits, us, flop / us * 1e-6);                                         \
             fflush(stdout);                                                                                            \
         }                                                                                                              \
     }
@@ -297,13 +297,13 @@ constexpr int id_of(int family, int slot) {
 #define CHECKED(X)                                                                                                     \
     X("kv2/kv2", ID(kv2, 4), ID(kv2, 4))                                                                               \
     X("kv5/kv5", ID(kv5, 4), ID(kv5, 4))                                                                               \
-    X("turbo2/turbo2", ID(turbo2, 4), ID(turbo2, 4)) X("kv4/kv3", ID(kv4, 4), ID(kv3, 4))                              \
-        X("kv4/kv2", ID(kv4, 4), ID(kv2, 4)) X("kv5/kv4", ID(kv5, 4), ID(kv4, 4)) X("kv5/kv3", ID(kv5, 4), ID(kv3, 4)) \
-            X("kv2/kv2 d64", ID(kv2, 1), ID(kv2, 1)) X("kv3/kv3 d64", ID(kv3, 1), ID(kv3, 1))                          \
-                X("kv4/kv4 d64", ID(kv4, 1), ID(kv4, 1)) X("kv5/kv5 d64", ID(kv5, 1), ID(kv5, 1))                      \
-                    X("turbo2/turbo2 d64", ID(turbo2, 1), ID(turbo2, 1))                                               \
-                        X("turbo3/turbo3 d64", ID(turbo3, 1), ID(turbo3, 1))                                           \
-                            X("turbo4/turbo4 d64", ID(turbo4, 1), ID(turbo4, 1))
+    X("turbo2/turbo2", ID(turbo2, 4), ID(turbo2, 4))                                                                   \
+    X("kv4/kv3", ID(kv4, 4), ID(kv3, 4)) X("kv4/kv2", ID(kv4, 4), ID(kv2, 4)) X("kv5/kv4", ID(kv5, 4), ID(kv4, 4))     \
+        X("kv5/kv3", ID(kv5, 4), ID(kv3, 4)) X("kv2/kv2 d64", ID(kv2, 1), ID(kv2, 1))                                  \
+            X("kv3/kv3 d64", ID(kv3, 1), ID(kv3, 1)) X("kv4/kv4 d64", ID(kv4, 1), ID(kv4, 1))                          \
+                X("kv5/kv5 d64", ID(kv5, 1), ID(kv5, 1)) X("turbo2/turbo2 d64", ID(turbo2, 1), ID(turbo2, 1))          \
+                    X("turbo3/turbo3 d64", ID(turbo3, 1), ID(turbo3, 1))                                               \
+                        X("turbo4/turbo4 d64", ID(turbo4, 1), ID(turbo4, 1))
 #else
 #define TIMED(X) X("kv3/kv3", ID(kv3, 4), ID(kv3, 4)) X("turbo4/turbo4", ID(turbo4, 4), ID(turbo4, 4))
 #define CHECKED(X)
