@@ -1,6 +1,6 @@
 """Runs one model with several cache types in a process of its own and prints what the CPU backend fused, as JSON.
 
-usage: python -m tests.fuse_worker MODEL OBSERVER PAIR [PAIR ...]
+usage: python -m tests.fuse_worker MODEL OBSERVER THREADS PAIR [PAIR ...]
 
 OBSERVER: none, every (an evaluation callback that wants every node, so each runs as a graph of its own) or attention (one that
 wants the results of attention, so graphs end there).
@@ -36,9 +36,9 @@ def main() -> None:
     if not model:
         raise SystemExit("model did not load")
     rows = {}
-    for pair in sys.argv[3:]:
+    for pair in sys.argv[4:]:
         before, seen[0] = count(), 0
-        got = logits(lc, model, *pair.split("/"), observe)
+        got = logits(lc, model, *pair.split("/"), observe, int(sys.argv[3]))
         rows[pair] = {
             "logits": hashlib.sha256(got.tobytes()).hexdigest(),
             "left_out": count() - before,

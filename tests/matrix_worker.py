@@ -16,7 +16,7 @@ from pytq.llama import _load_binding
 N_PROMPT, N_DECODE = 64, 6
 
 
-def logits(lc, model, type_k: str, type_v: str, observe=None) -> np.ndarray:
+def logits(lc, model, type_k: str, type_v: str, observe=None, threads: int = 2) -> np.ndarray:
     """Logits of every token: one batch of 64, then single tokens. float32 [N_PROMPT + N_DECODE, n_vocab].
 
     observe: a ggml_backend_sched_eval_callback, or None.
@@ -25,7 +25,7 @@ def logits(lc, model, type_k: str, type_v: str, observe=None) -> np.ndarray:
     params.n_ctx, params.n_batch, params.n_ubatch = 256, 64, 64
     params.type_k, params.type_v = cache_type_id(type_k), cache_type_id(type_v)
     params.flash_attn_type = lc.LLAMA_FLASH_ATTN_TYPE_ENABLED
-    params.n_threads = params.n_threads_batch = 2
+    params.n_threads = params.n_threads_batch = threads
     if observe is not None:
         params.cb_eval = observe
     ctx = lc.llama_init_from_model(model, params)

@@ -13,7 +13,7 @@
 
 // Notes in op_params: behind what any of the three operations uses. A member is what the node that computes a pattern
 // does besides itself, as a distance between nodes; 0 is none.
-enum slot { KEY_ROTATION = 10, VALUE_WRITE, VALUE_ROTATION, OTHER_ROTATION, STATE, DONE_BY };
+enum slot { FIRST_ROTATION = 10, SECOND_WRITE, SECOND_ROTATION, OTHER_ROTATION, STATE, DONE_BY };
 // OTHER_ROTATION: of the queries, for a write; of the result, for attention
 static_assert(DONE_BY < GGML_MAX_OP_PARAMS / (int) sizeof(int32_t), "spare op_params");
 enum state { NONE, FOUND, CHECKED };
@@ -40,7 +40,7 @@ static ggml_tensor * noted(const ggml_cgraph * graph, int i, slot s) {
 
 // Whether all that node i computes with itself is in this graph.
 static bool is_whole(const ggml_cgraph * graph, int i) {
-    for (int s = KEY_ROTATION; s <= OTHER_ROTATION; s++) {
+    for (int s = FIRST_ROTATION; s <= OTHER_ROTATION; s++) {
         if (graph->nodes[i]->op_params[s] != 0) {
             const ggml_tensor * t = noted(graph, i, (slot) s);
             if (!t || t->op_params[DONE_BY] != -graph->nodes[i]->op_params[s]) {
@@ -52,11 +52,11 @@ static bool is_whole(const ggml_cgraph * graph, int i) {
 }
 
 static void clear_notes(ggml_tensor * t) {
-    memset(t->op_params + KEY_ROTATION, 0, (DONE_BY + 1 - KEY_ROTATION) * sizeof(int32_t));
+    memset(t->op_params + FIRST_ROTATION, 0, (DONE_BY + 1 - FIRST_ROTATION) * sizeof(int32_t));
 }
 
-static int index_of(const ggml_cgraph * graph, const ggml_tensor * t, int near) {
-    for (int i = near - PYTQ_FUSE_WINDOW; i <= near + PYTQ_FUSE_WINDOW; i++) {
+static int index_of(const ggml_cgraph * graph, const ggml_tensor * t, int around) {
+    for (int i = around - PYTQ_FUSE_WINDOW; i <= around + PYTQ_FUSE_WINDOW; i++) {
         if (i >= 0 && i < graph->n_nodes && graph->nodes[i] == t) {
             return i;
         }
@@ -93,9 +93,9 @@ static int note_pattern(ggml_cgraph * graph, int i, state found, const ggml_back
                 return 0;
             }
         }
-        note(graph, i, KEY_ROTATION, w.write[0].rotation);
-        note(graph, i, VALUE_WRITE, w.write[1].set_rows);
-        note(graph, i, VALUE_ROTATION, w.write[1].rotation);
+        note(graph, i, FIRST_ROTATION, w.write[0].rotation);
+        note(graph, i, SECOND_WRITE, w.write[1].set_rows);
+        note(graph, i, SECOND_ROTATION, w.write[1].rotation);
         note(graph, i, OTHER_ROTATION, w.queries);
         if (params) {
             pytq_keep_operands(graph, w, params);
@@ -103,7 +103,7 @@ static int note_pattern(ggml_cgraph * graph, int i, state found, const ggml_back
     }
     node->op_params[STATE] = found;
     int members = 0;
-    for (int s = KEY_ROTATION; s <= OTHER_ROTATION; s++) {
+    for (int s = FIRST_ROTATION; s <= OTHER_ROTATION; s++) {
         members += node->op_params[s] != 0;
     }
     return members;
@@ -132,7 +132,7 @@ void pytq_cpu_check_fusion(ggml_cgraph * graph) {
             continue;
         }
         int before = 0;
-        for (int s = KEY_ROTATION; s <= OTHER_ROTATION; s++) {
+        for (int s = FIRST_ROTATION; s <= OTHER_ROTATION; s++) {
             if (ggml_tensor * member = noted(graph, i, (slot) s)) {
                 member->op_params[DONE_BY] = 0;
                 before++;
@@ -186,8 +186,8 @@ static void write_vectors(const ggml_tensor * dst, const ggml_tensor * rotation,
 }
 
 static void write_cache(const ggml_compute_params * params, const ggml_cgraph * graph, int i) {
-    const ggml_tensor * dst[2] = {graph->nodes[i], noted(graph, i, VALUE_WRITE)};
-    const ggml_tensor * rotation[2] = {noted(graph, i, KEY_ROTATION), noted(graph, i, VALUE_ROTATION)};
+    const ggml_tensor * dst[2] = {graph->nodes[i], noted(graph, i, SECOND_WRITE)};
+    const ggml_tensor * rotation[2] = {noted(graph, i, FIRST_ROTATION), noted(graph, i, SECOND_ROTATION)};
     const ggml_tensor * queries = noted(graph, i, OTHER_ROTATION);
     const int64_t ith = params->ith, nth = params->nth, back = nth - 1 - ith;
     int64_t n[2] = {0, 0};
