@@ -255,51 +255,6 @@ template <class T, int TOKENS> struct prefill_pieces {
     }
 };
 
-// Words of one lane in its warp's blocks of a tile. SCALED: the tile gets values, otherwise levels.
-template <class T, int TOKENS, bool SCALED> struct prefill_words {
-    using L = tile_lanes<T>;
-    static constexpr int n = TOKENS / L::tokens;
-    int at[n]; // in the first raw stage
-    uint32_t shift[n];
-    uint32_t plane[n][T::bits], factor[n];
-
-    PYTQ_DEV void init(int raw, const char * base, long long nb1, int lane) {
-#pragma unroll
-        for (int i = 0; i < n; i++) {
-            const int t = i * L::tokens + L::token(lane);
-            // a tile's tokens times any stride keep the alignment to 16 bytes, so this holds for all tiles
-            const int lead = (int) ((uintptr_t) (base + t * nb1) & 15) + T::data_off;
-            at[i] = raw + t * raw_pitch<T>() + ((lead & ~3) + 4 * L::word(lane)), shift[i] = 8 * (lead & 3);
-        }
-    }
-    // factors: where those of the warp's tokens lie
-    PYTQ_DEV void load(int stage, int factors, int lane) {
-#pragma unroll
-        for (int i = 0; i < n; i++) {
-            tile_planes<T>(at[i] + stage, shift[i], plane[i]);
-            factor[i] = SCALED ? shared_word(factors + 4 * (i * L::tokens + L::token(lane))) : 0u;
-        }
-    }
-    // unit_at: where the lane's four units lie
-    PYTQ_DEV void decode(const offset_table<T> & table, const hidden_constants & hidden, uint32_t bias,
-                         const int unit_at[4], int to, int lane) const {
-#pragma unroll
-        for (int i = 0; i < n; i++) {
-            uint32_t prev = 0;
-            if constexpr (T::code == PYTQ_CODE_TRELLIS) {
-                prev = __shfl_sync(0xffffffffu, plane[i][0], L::before(lane) & 31);
-                prev = L::word(lane) == 0 ? 0u : prev;
-            }
-            uint4 unit[4];
-            level_halves<T, SCALED>(table, hidden, bias, plane[i], prev, factor[i], unit);
-#pragma unroll
-            for (int k = 0; k < 4; k++) {
-                *(uint4 *) (decode_smem + to + unit_at[k] + i * L::tokens * 128) = unit[k];
-            }
-        }
-    }
-};
-
 // One decoding warp: tokens warp_tokens * warp .. of every tile.
 template <class K, class V, class S> PYTQ_DEV void prefill_decode(const prefill_block<S> & b, int warp, int lane) {
     const prefill_params & p = b.p;
@@ -314,8 +269,8 @@ template <class K, class V, class S> PYTQ_DEV void prefill_decode(const prefill_
     prefill_pieces<V, TW> v_pieces;
     k_pieces.init(k_base, p.k_nb1, S::TILE, lane);
     v_pieces.init(v_base, p.v_nb1, S::TILE, lane);
-    prefill_words<K, TW, false> k_words;
-    prefill_words<V, TW, true> v_words;
+    tile_words<K, TW, false> k_words;
+    tile_words<V, TW, true> v_words;
     k_words.init(raw, k_base, p.k_nb1, lane);
     v_words.init(raw + TW * S::k_pitch, v_base, p.v_nb1, lane);
     int unit_at[4];

@@ -108,4 +108,58 @@ template <class T> PYTQ_DEV void tile_planes(int at, uint32_t shift, uint32_t * 
     }
 }
 
+// x of another lane of 32.
+PYTQ_DEV uint32_t from_lane(uint32_t x, int lane) {
+#if defined(__HIPCC__)
+    return __shfl(x, lane, 32);
+#else
+    return __shfl_sync(0xffffffffu, x, lane);
+#endif
+}
+
+// Words of one lane in its warp's blocks of a tile. SCALED: the tile gets values, otherwise levels.
+template <class T, int TOKENS, bool SCALED> struct tile_words {
+    using L = tile_lanes<T>;
+    static constexpr int n = TOKENS / L::tokens;
+    int at[n]; // in the first raw stage
+    uint32_t shift[n];
+    uint32_t plane[n][T::bits], factor[n];
+
+    PYTQ_DEV void init(int raw, const char * base, long long nb1, int lane) {
+#pragma unroll
+        for (int i = 0; i < n; i++) {
+            const int t = i * L::tokens + L::token(lane);
+            // a tile's tokens times any stride keep the alignment to 16 bytes, so this holds for all tiles
+            const int lead = (int) ((uintptr_t) (base + t * nb1) & 15) + T::data_off;
+            at[i] = raw + t * raw_pitch<T>() + ((lead & ~3) + 4 * L::word(lane)), shift[i] = 8 * (lead & 3);
+        }
+    }
+    // factors: where those of the warp's tokens lie
+    PYTQ_DEV void load(int stage, int factors, int lane) {
+#pragma unroll
+        for (int i = 0; i < n; i++) {
+            tile_planes<T>(at[i] + stage, shift[i], plane[i]);
+            factor[i] = SCALED ? shared_word(factors + 4 * (i * L::tokens + L::token(lane))) : 0u;
+        }
+    }
+    // unit_at: where the lane's four units lie
+    PYTQ_DEV void decode(const offset_table<T> & table, const hidden_constants & hidden, uint32_t bias,
+                         const int unit_at[4], int to, int lane) const {
+#pragma unroll
+        for (int i = 0; i < n; i++) {
+            uint32_t prev = 0;
+            if constexpr (T::code == PYTQ_CODE_TRELLIS) {
+                prev = from_lane(plane[i][0], L::before(lane) & 31);
+                prev = L::word(lane) == 0 ? 0u : prev;
+            }
+            uint4 unit[4];
+            level_halves<T, SCALED>(table, hidden, bias, plane[i], prev, factor[i], unit);
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                *(uint4 *) (decode_smem + to + unit_at[k] + i * L::tokens * 128) = unit[k];
+            }
+        }
+    }
+};
+
 } // namespace pytq
