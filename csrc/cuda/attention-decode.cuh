@@ -22,8 +22,19 @@
 #pragma once
 
 #include "attention-levels.cuh"
+#include "encode.cuh"
 
 namespace pytq {
+
+// The newest token of a sequence that grows by one, as it was before compression. Blocks of their own encode it beside
+// those of attention, which leave its row of the cache alone and add the token at the end, like a sink with a value: so
+// attention does not wait for the encoder, and a layer is one launch.
+struct decode_fresh {
+    encode_params write[2]; // keys in the basis of q as passed, values in that of the result; n_head_kv vectors each
+    long long first_row;    // row of token 0 of the sequence
+    int vectors_per_block, n_blocks; // set by decode_prepare()
+    bool present;                    // else every token is in the cache
+};
 
 struct decode_params {
     const char * q; // f32 [d, n_q, n_head, n_seq]
@@ -46,7 +57,10 @@ struct decode_params {
     int mask_rows;     // rows of the mask a tile of query rows needs: 1 for one token, else 4
     bool mask_vectors; // mask rows may be copied 16 bytes at a time
     bool rotate;       // multiply the result by the Walsh matrix of order d over sqrt(d)
-    float scale, softcap, max_bias, m0, m1;
+    bool rotate_query; // and the query
+    decode_fresh fresh;
+    float scale, softcap, max_bias;
+    float slope_log2[2]; // log2 of the bases of ALiBi's slopes: heads below n_head_log2, and the others
     float row_scale; // logits before the soft-cap in units of it, else in units of log2; per step of the fixed-point
                      // query
     int n_head_log2;
@@ -61,10 +75,11 @@ template <class K> PYTQ_HD constexpr int decode_max_teams() {
     return K::d > 128 ? 1 : 2;
 }
 // Shared memory begins with two barriers (keys, values) and two counters of warps that are done with a buffer per team;
-// nothing else may ever lie there, since the hardware may write to a barrier after the last wait. Then the teams'
-// buffers, which begin with 16 bytes of nothing: windows begin up to 4 bytes before a plane. Results overlay the
-// buffers.
-constexpr int decode_control_bytes = 32, decode_counters_at = 16, decode_buffers_at = 2 * decode_control_bytes;
+// nothing but the newest token's number may lie there, since the hardware may write to a barrier after the last wait.
+// Then the teams' buffers, which begin with 16 bytes of nothing: windows begin up to 4 bytes before a plane. Results
+// overlay the buffers.
+constexpr int decode_control_bytes = 32, decode_counters_at = 16, decode_fresh_at = 24,
+              decode_buffers_at = 2 * decode_control_bytes;
 constexpr int decode_keys_at = 16;
 
 // Bytes between tokens in shared memory for blocks of one head group; contiguous rows are copied as they are.
@@ -320,11 +335,11 @@ template <int N> PYTQ_DEV void cluster_load(float * x, int at, uint32_t rank) {
 #endif
 }
 
-// Walsh-Hadamard transform in natural order of d = 32 N values: one step per bit of the coordinate, in any order, so it
+// Walsh-Hadamard transform in natural order of LANES N values: one step per bit of the coordinate, in any order, so it
 // does not matter which of them are the lane's.
-template <int N> PYTQ_DEV void walsh(float v[N], int lane) {
+template <int LANES, int N> PYTQ_DEV void walsh(float v[N], int lane) {
 #pragma unroll 1 // runs once: every instruction has to be fetched
-    for (int h = 1; h < 32; h *= 2) {
+    for (int h = 1; h < LANES; h *= 2) {
 #pragma unroll
         for (int i = 0; i < N; i++) {
             const float o = __shfl_xor_sync(0xffffffffu, v[i], h);
@@ -343,29 +358,110 @@ template <int N> PYTQ_DEV void walsh(float v[N], int lane) {
     }
 }
 
+// Head sizes that the graph rotates by a Walsh matrix, and 1 / sqrt(D).
+template <int D> PYTQ_HD constexpr bool walsh_order() {
+    return D == 64 || D == 128 || D == 256;
+}
+template <int D> PYTQ_HD constexpr float walsh_factor() {
+    return D == 64 ? 0.125f : D == 128 ? 0.0883883476f : 0.0625f;
+}
+
+// ALiBi's slope of a head.
+PYTQ_DEV float alibi_slope(const decode_params & p, int head) {
+    return exp2f(head < p.n_head_log2 ? p.slope_log2[0] * (float) (head + 1)
+                                      : p.slope_log2[1] * (float) (2 * (head - p.n_head_log2) + 1));
+}
+
+// tanh in few instructions; the absolute error is 2e-7.
+PYTQ_DEV float tanh_fast(float x) {
+    return 1.0f - __fdividef(2.0f, 1.0f + exp2_fast(2.88539008f * x));
+}
+
 // Coordinate of value i of a lane where a warp holds a row of D: four neighbours where D allows.
 template <int D> PYTQ_DEV int row_coordinate(int i, int lane) {
     return D % 128 == 0 ? (i >> 2) * 128 + 4 * lane + (i & 3) : 32 * i + lane;
 }
 
+// Values of a row of D that a lane of a warp holds.
+template <int D> PYTQ_DEV void load_row(const float * src, int lane, float * v) {
+#pragma unroll
+    for (int i = 0; i < (D + 31) / 32; i++) {
+        if constexpr (D % 128 == 0) {
+            if (i % 4 == 0) {
+                const float4 f = *(const float4 *) (src + row_coordinate<D>(i, lane));
+                v[i] = f.x, v[i + 1] = f.y, v[i + 2] = f.z, v[i + 3] = f.w;
+            }
+        } else {
+            v[i] = row_coordinate<D>(i, lane) < D ? src[row_coordinate<D>(i, lane)] : 0.0f;
+        }
+    }
+}
+
+PYTQ_DEV int fresh_token(const decode_params & p) {
+    return (int) ((p.fresh.write[0].row_bytes == 8 ? *(const long long *) p.fresh.write[0].rows
+                                                   : *(const int *) p.fresh.write[0].rows) -
+                  p.fresh.first_row);
+}
+
+// What the newest token adds to one output row: its logit in units of log2 and its value.
+template <int D> struct fresh_part {
+    float logit = -INFINITY, v[(D + 31) / 32];
+    PYTQ_DEV void load(const decode_params & p, int head_kv, int row, int lane) {
+        constexpr int N = (D + 31) / 32;
+        float q[N], k[N], dot = 0.0f;
+        load_row<D>((const float *) (p.q + (head_kv * p.gqa + row) * p.q_nb2), lane, q);
+        load_row<D>((const float *) p.fresh.write[0].src + head_kv * D, lane, k);
+        load_row<D>((const float *) p.fresh.write[1].src + head_kv * D, lane, v);
+        const float bias = p.mask ? __half2float(((const __half *) p.mask)[fresh_token(p)]) : 0.0f;
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            dot = fmaf(q[i], k[i], dot);
+        }
+#pragma unroll 1
+        for (int h = 1; h < 32; h *= 2) {
+            dot += __shfl_xor_sync(0xffffffffu, dot, h);
+        }
+        dot *= p.scale;
+        if (p.softcap != 0.0f) {
+            dot = p.softcap * tanh_fast(dot / p.softcap);
+        }
+        const float slope = p.max_bias > 0.0f ? alibi_slope(p, head_kv * p.gqa + row) : 1.0f;
+        logit = bias > -INFINITY ? 1.44269504f * fmaf(slope, bias, dot) : -INFINITY;
+    }
+};
+
 // Normalises, rotates if asked and stores one output row.
 template <int D>
 PYTQ_DEV void store_row(const decode_params & p, int seq, int head_kv, int row, float * v, float top, float sum,
-                        int lane) {
+                        const fresh_part<D> & fresh, int lane) {
     constexpr int N = (D + 31) / 32;
     const int iq = (row * p.gqa_inverse) >> 16, head = head_kv * p.gqa + row - iq * p.gqa;
-    float f = 1.0f;
-    if (p.sinks) {
-        const float sink = p.sinks[head] * 1.44269504f, t = fmaxf(top, sink);
-        f = exp2f(top - t);
-        sum = sum * f + exp2f(sink - t);
+    float f = 1.0f, f_fresh = 0.0f;
+    if (p.fresh.present) {
+        const float t = fmaxf(top, fresh.logit);
+        f = exp2_fast(top - t), f_fresh = exp2_fast(fresh.logit - t);
+        sum = fmaf(sum, f, f_fresh);
+        top = t;
     }
-    f = sum > 0.0f ? __fdividef(f, sum) : 0.0f;
-    if constexpr (D == 64 || D == 128 || D == 256) {
+    if (p.sinks) {
+        const float sink = p.sinks[head] * 1.44269504f, t = fmaxf(top, sink), g = exp2f(top - t);
+        f *= g, f_fresh *= g;
+        sum = sum * g + exp2f(sink - t);
+    }
+    const float inv = sum > 0.0f ? __fdividef(1.0f, sum) : 0.0f;
+    f *= inv, f_fresh *= inv;
+    if constexpr (walsh_order<D>()) {
         if (p.rotate) {
-            walsh<N>(v, lane);
-            f *= D == 64 ? 0.125f : D == 128 ? 0.0883883476f : 0.0625f;
+            walsh<32, N>(v, lane);
+            f *= walsh_factor<D>();
         }
+    }
+    if (p.fresh.present) {
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            v[i] = fmaf(v[i], f, fresh.v[i] * f_fresh);
+        }
+        f = 1.0f;
     }
     float * const out = (float *) p.dst + (((long long) seq * p.n_q + iq) * p.n_head_kv * p.gqa + head) * D;
 #pragma unroll
@@ -401,9 +497,18 @@ template <class T> struct key_tables<T, -1> {
     PYTQ_DEV void init(uint32_t) {}
 };
 
+// Encodes vector `item` of p by a warp, as the encoder's own kernel would. Out of line: beside it, attention's loop
+// would get fewer registers and be spread over more instruction memory (kv3 at 65536 tokens: 45 us instead of 40).
+template <int T> __device__ __noinline__ void encode_one(const encode_params & p, int item, int at, int lane) {
+    using X = type<T>;
+    constexpr int BITS = X::n_groups > 1 ? 0 : X::template group_bits<0>;
+    encode_vector<X::code, BITS, 32, X::d == 128 ? 128 : 0>(p, item, encode_smem + at, lane);
+}
+
 // A4: blocks keep their alignment to words from token to token, in K and in V.
 template <int KT, int VT, bool A4>
-__global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1) attention_decode(const decode_params p) {
+__global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1)
+    attention_decode(const PYTQ_GRID_CONSTANT decode_params p) {
     using K = type<KT>;
     using V = type<VT>;
     using VS = value_shape<V>;
@@ -412,9 +517,27 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1) attenti
     constexpr int VB = V::bits, VI = index_bits(V::code, VB), QW = query_words<K>(), MT = VS::tiles;
     constexpr float LOG2E = 1.44269504f, MAGIC = 12582912.0f; // 1.5 * 2^23: int32 sums below 2^22 read as floats
     constexpr int MAGIC_BITS = 0x4b400000;
+    // sub-tiles of keys at once: more would spill registers, fewer leave too little to do while a word is on its way
+    constexpr int key_unroll = 2;
     const int magic4[4] = {MAGIC_BITS, MAGIC_BITS, MAGIC_BITS, MAGIC_BITS};
 
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, j = lane & 3;
+    if ((int) blockIdx.x >= p.n_splits) {
+        const int item = ((int) blockIdx.x - p.n_splits) * p.fresh.vectors_per_block + warp, n = p.n_head_kv;
+        grid_trigger();
+        grid_wait();
+        if (warp < p.fresh.vectors_per_block && blockIdx.y + blockIdx.z == 0) {
+            const int at = warp * encode_parts(D, 32).bytes;
+            if (KT == VT && item < 2 * n) { // the same code for both
+                encode_one<KT>(p.fresh.write[item >= n], item >= n ? item - n : item, at, lane);
+            } else if (item < n) {
+                encode_one<KT>(p.fresh.write[0], item, at, lane);
+            } else if (item < 2 * n) {
+                encode_one<VT>(p.fresh.write[1], item - n, at, lane);
+            }
+        }
+        return;
+    }
     const int seq = p.row_tiles == 1 ? blockIdx.z : blockIdx.z / p.row_tiles;
     const int row0 = (blockIdx.z - seq * p.row_tiles) * 4;
     const int all_slices = (warp * p.heads_inverse) >> 16, head_in = warp - all_slices * p.heads_per_block;
@@ -443,9 +566,15 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1) attenti
 #ifdef PYTQ_BULK
     const int keys_barrier = control_at, values_barrier = control_at + 8;
     // Called by one warp of the team.
-    const auto load_keys = [&](int tile) {
+    const bool with_mask = mask && p.mask_vectors;
+    const auto load_mask = [&](int tile) {
         const int t0 = tile * tile_tokens, n_tok = min(tile_tokens, p.n_kv - t0);
-        const bool with_mask = mask && p.mask_vectors;
+        if (with_mask && lane < p.mask_rows) {
+            copy_bulk(team_at + p.mask_at + lane * 2 * tile_tokens, mask_row(lane) + 2LL * t0, 2 * n_tok, keys_barrier);
+        }
+    };
+    const auto load_keys = [&](int tile) { // announces the mask too
+        const int t0 = tile * tile_tokens, n_tok = min(tile_tokens, p.n_kv - t0);
         if (mask && !with_mask) { // by ordinary stores, which the barrier's arrival publishes
 #pragma unroll 1
             for (int i = lane; i < p.mask_rows * n_tok; i += 32) {
@@ -458,9 +587,6 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1) attenti
         }
         load_tile(team_at + decode_keys_at, k_base + t0 * p.k_nb1, p.k_nb1, p.k_slot, k_seg, n_tok, keys_barrier,
                   with_mask ? p.mask_rows * 2 * n_tok : 0, lane);
-        if (with_mask && lane < p.mask_rows) {
-            copy_bulk(team_at + p.mask_at + lane * 2 * tile_tokens, mask_row(lane) + 2LL * t0, 2 * n_tok, keys_barrier);
-        }
     };
     const auto load_values = [&](int tile) {
         const int t0 = tile * tile_tokens, n_tok = min(tile_tokens, p.n_kv - t0);
@@ -522,7 +648,20 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1) attenti
         barrier_init_done();
     }
 #endif
-    grid_wait(); // everything before this line overlaps with the kernel before
+#ifdef PYTQ_BULK
+    // Nothing but the newest token is written to the cache between the start of the graph and this kernel, so the first
+    // tile may come before the kernels in front have ended (a mask that cannot be copied by the engine may not).
+    const bool early = p.fresh.present && (!mask || with_mask), first_loader = team_warp == 0 && tile_begin < tile_end;
+    if (early && first_loader) {
+        __syncwarp();
+        load_keys(tile_begin);
+        load_values(tile_begin);
+    }
+#endif
+    grid_wait();                       // everything before this line overlaps with the kernels before
+    if (team_warp == 0 && lane == 0) { // read after the block's barrier below
+        *(int *) (decode_smem + control_at + decode_fresh_at) = p.fresh.present ? fresh_token(p) : -1;
+    }
 
     // The query is read first: behind the first tile of every block it would wait for all of them. Eight lanes per row.
     constexpr int QN = D / 8;
@@ -550,12 +689,13 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1) attenti
         }
     }
 #ifdef PYTQ_BULK
-    if (team_warp == 0) {
+    if (first_loader) {
         __syncwarp();
-        if (tile_begin < tile_end) {
+        if (!early) {
             load_keys(tile_begin);
             load_values(tile_begin);
         }
+        load_mask(tile_begin);
     }
 #else
     if (tile_begin < tile_end) {
@@ -576,7 +716,13 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1) attenti
             }
             __syncwarp();
         }
-        float m = 0.0f;
+        float m = 0.0f, factor = p.row_scale;
+        if constexpr (walsh_order<D>()) {
+            if (p.rotate_query) {
+                walsh<8, QN>(x, lane);
+                factor *= walsh_factor<D>();
+            }
+        }
 #pragma unroll
         for (int i = 0; i < QN; i++) {
             m = fmaxf(m, fabsf(x[i]));
@@ -587,17 +733,36 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1) attenti
         }
         const float inv = m > 0.0f ? __fdividef(32512.0f, m) : 0.0f;
         const int to = scratch + (lane >> 3) * 16 * QW;
+        // low 16 bits: value + 128, so the high byte is rounded and the low byte is offset by 128
+        const auto fixed = [&](int i) { return as_uint(fmaf(x[i], inv, MAGIC + 128.0f)); };
+        if constexpr (query_by_words<K>()) {
+            const uint32_t odd = lane & 1 ? 0x3715u : 0x6240u, upper = lane & 2 ? 0x3276u : 0x5410u;
 #pragma unroll
-        for (int i = 0; i < QN; i++) {
-            // low 16 bits: value + 128, so the high byte is rounded and the low byte is offset by 128
-            const uint32_t t = as_uint(fmaf(x[i], inv, MAGIC + 128.0f));
-            const int at = to + query_byte<K>(query_coordinate(i));
-            *(uint8_t *) (decode_smem + at) = (uint8_t) (t >> 8);
-            *(uint8_t *) (decode_smem + at + 4 * 16 * QW) = (uint8_t) (t ^ 128u);
+            for (int i = 0; i < QN; i += 4) {
+                const uint32_t t01 = permute(fixed(i), fixed(i + 1), 0x5140),
+                               t23 = permute(fixed(i + 2), fixed(i + 3), 0x5140);
+                // the four bytes of a word come from four lanes
+                uint32_t word[2] = {permute(t01, t23, 0x7632), permute(t01, t23, 0x5410) ^ 0x80808080u};
+#pragma unroll
+                for (int n = 0; n < 2; n++) {
+                    word[n] = permute(word[n], __shfl_xor_sync(0xffffffffu, word[n], 1), odd);
+                    word[n] = permute(word[n], __shfl_xor_sync(0xffffffffu, word[n], 2), upper);
+                    const int c = 8 * i + 4 * (lane & 4) + (lane & 3);
+                    *(uint32_t *) (decode_smem + to + n * 4 * 16 * QW + query_byte<K>(c)) = word[n];
+                }
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < QN; i++) {
+                const uint32_t t = fixed(i);
+                const int at = to + query_byte<K>(query_coordinate(i));
+                *(uint8_t *) (decode_smem + at) = (uint8_t) (t >> 8);
+                *(uint8_t *) (decode_smem + at + 4 * 16 * QW) = (uint8_t) (t ^ 128u);
+            }
         }
 #pragma unroll
         for (int rr = 0; rr < 2; rr++) {
-            row_factor[rr] = __shfl_sync(0xffffffffu, m, 8 * (2 * (j & 1) + rr)) * p.row_scale;
+            row_factor[rr] = __shfl_sync(0xffffffffu, m, 8 * (2 * (j & 1) + rr)) * factor;
         }
 #pragma unroll
         for (int rr = 0; rr < 2; rr++) {
@@ -605,8 +770,7 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1) attenti
             if (p.max_bias > 0.0f) {
                 const int rq = min(row0 + 2 * (j & 1) + rr, p.n_rows - 1);
                 const int head = head_kv * p.gqa + rq - ((rq * p.gqa_inverse) >> 16) * p.gqa;
-                slope[rr] *= head < p.n_head_log2 ? powf(p.m0, (float) (head + 1))
-                                                  : powf(p.m1, (float) (2 * (head - p.n_head_log2) + 1));
+                slope[rr] *= alibi_slope(p, head);
             }
         }
         __syncwarp();
@@ -614,10 +778,8 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1) attenti
         for (int w = 0; w < QW; w++) {
             qb[w] = shared_word(scratch + 4 * ((g * 4 + j) * QW + w));
         }
-        __syncwarp(); // the weights will go to the same place
-#ifdef PYTQ_BULK
+        __syncwarp();    // the weights will go to the same place
         __syncthreads(); // the barriers exist
-#endif
     }
 
     float o[VS::n_windows][MT][4];
@@ -664,7 +826,8 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1) attenti
 #endif
 
         // Mask of this lane's 4 tokens and 2 rows; tokens past the end count as masked.
-        const int n_valid = p.n_kv - tile * tile_tokens - slice * decode_tile;
+        const int first = tile * tile_tokens + slice * decode_tile, n_valid = p.n_kv - first;
+        const int fresh = *(const int *) (decode_smem + control_at + decode_fresh_at) - first;
         float bias_[4][2];
         bool any = false;
 #pragma unroll
@@ -673,7 +836,7 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1) attenti
 #pragma unroll
             for (int rr = 0; rr < 2; rr++) {
                 float b = -INFINITY;
-                if (t < n_valid) {
+                if (t < n_valid && t != fresh) {
                     b = 0.0f;
                     if (mask) {
                         const int row = p.mask_rows == 1 ? 0 : 2 * (j & 1) + rr;
@@ -690,11 +853,11 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1) attenti
 
         float beta[2] = {0.0f, 0.0f}, alpha[2] = {1.0f, 1.0f};
         bool grew = false;
-        float logit[4][2];
+        float logit[4][2] = {};
         if (any) {
-#pragma unroll
+#pragma unroll(key_unroll)
             for (int i = 0; i < 4; i++) {
-                logit[i][0] = logit[i][1] = 0.0f;
+                float part[2] = {0.0f, 0.0f};
                 const auto group = [&](auto index) {
                     constexpr int G = decltype(index)::value;
                     using kg = key_group<K, G>;
@@ -730,7 +893,7 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1) attenti
                                     second = __int_as_float(acc[2 + rr]) - MAGIC;
                         const float other = __shfl_xor_sync(0xffffffffu, j < 2 ? second : first, 2);
                         const float dot = j < 2 ? fmaf(first, 256.0f, other) : fmaf(other, 256.0f, second);
-                        logit[i][rr] = fmaf(dot, scale * row_factor[rr], logit[i][rr]);
+                        part[rr] = fmaf(dot, scale * row_factor[rr], part[rr]);
                     }
                 };
                 group(constant<0>());
@@ -740,13 +903,20 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1) attenti
                 if constexpr (K::n_groups > 2) {
                     group(constant<2>());
                 }
+#pragma unroll
+                for (int c = 0; c < 4; c++) { // registers have no run-time index
+#pragma unroll
+                    for (int rr = 0; rr < 2; rr++) {
+                        logit[c][rr] = c == i ? part[rr] : logit[c][rr];
+                    }
+                }
             }
             if (p.softcap != 0.0f) {
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
 #pragma unroll
                     for (int rr = 0; rr < 2; rr++) {
-                        logit[i][rr] = p.softcap * LOG2E * tanhf(logit[i][rr]);
+                        logit[i][rr] = p.softcap * LOG2E * tanh_fast(logit[i][rr]);
                     }
                 }
             }
@@ -762,9 +932,10 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1) attenti
 #ifdef PYTQ_BULK
         if (last_to_leave(0) && tile + p.teams < tile_end) {
             load_keys(tile + p.teams);
+            load_mask(tile + p.teams);
         }
         barrier_wait(values_barrier, phase);
-        if (!any) {
+        if (!any) { // (as one block with the rest under a condition, registers would not suffice)
             if (last_to_leave(1) && tile + p.teams < tile_end) {
                 load_values(tile + p.teams);
             }
@@ -781,7 +952,8 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1) attenti
         }
 #endif
 
-        // Softmax and fixed-point weights. u = logit + log2(scale of V): weights are quantised with V's scale in them.
+        // Softmax and fixed-point weights. u = logit + log2(scale of V): weights are quantised with V's scale in
+        // them.
         float lv[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -834,6 +1006,10 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1) attenti
             constexpr int W = decltype(window_index)::value;
             int acc[MT][4];
 #pragma unroll
+            for (int m = 0; m < MT; m++) {
+                acc[m][0] = acc[m][1] = acc[m][2] = acc[m][3] = MAGIC_BITS;
+            }
+#pragma unroll
             for (int quarter = 0; quarter < 4; quarter++) {
                 const uint32_t b0 = shared_word(scratch + 4 * (g * 20 + 4 * quarter + j));
                 uint32_t pair[2][VI]; // index planes of tokens (0, 2) and (1, 3): bytes A0 B0 A1 B1
@@ -869,8 +1045,7 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1) attenti
 #pragma unroll
                     for (int m = 0; m < MT; m++) {
                         if (VS::unit(m) == unit) {
-                            mma_s8u8_k16(acc[m], lev[VS::at(VS::first(m))], lev[VS::at(VS::second(m))], b0,
-                                         quarter == 0 ? magic4 : acc[m]);
+                            mma_s8u8_k16(acc[m], lev[VS::at(VS::first(m))], lev[VS::at(VS::second(m))], b0, acc[m]);
                         }
                     }
                 }
@@ -942,12 +1117,23 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1) attenti
             meta[1] = j_ < 2 ? sum[0] : sum[1];
         }
     }
-    cluster_sync<true>(p.cluster);
-
     // Each (head, row) of the cluster is joined by one warp.
     const int rank = p.cluster > 1 ? (int) cluster_rank() : 0, sources = p.cluster * p.teams * p.warps_per_head;
-    for (int unit = rank * n_warps + warp_; unit < 4 * p.heads_per_block; unit += p.cluster * n_warps) {
+    const int first_unit = rank * n_warps + warp_;
+    fresh_part<D> fresh;
+    const auto load_fresh = [&](int unit) {
+        if (p.fresh.present && p.n_parts == 1 && unit < 4 * p.heads_per_block && row0 + (unit & 3) < p.n_rows) {
+            fresh.load(p, blockIdx.y * p.heads_per_block + (unit >> 2), row0 + (unit & 3), lane_);
+        }
+    };
+    load_fresh(first_unit);
+    cluster_sync<true>(p.cluster);
+
+    for (int unit = first_unit; unit < 4 * p.heads_per_block; unit += p.cluster * n_warps) {
         const int row = unit & 3, head = unit >> 2;
+        if (unit != first_unit) {
+            load_fresh(unit);
+        }
         if (row0 + row >= p.n_rows) {
             continue;
         }
@@ -1005,7 +1191,7 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1) attenti
         }
         const int h = blockIdx.y * p.heads_per_block + head;
         if (p.n_parts == 1) {
-            store_row<D>(p, seq, h, row0 + row, v, all, total, lane_);
+            store_row<D>(p, seq, h, row0 + row, v, all, total, fresh, lane_);
         } else {
             const long long to = (((long long) seq * p.n_head_kv + h) * p.n_rows + row0 + row) * p.n_parts +
                                  (blockIdx.x >> p.cluster_log2);
@@ -1024,35 +1210,32 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1) attenti
 }
 
 // Joins the parts of one row: grid (rows, head_kv, seq).
-constexpr int join_warps = 16;
+constexpr int join_warps = 16, join_batch = 9; // parts that a warp loads at once: one round for up to 144
 template <int D> __global__ void __launch_bounds__(32 * join_warps) attention_join(const decode_params p) {
     constexpr int N = (D + 31) / 32;
     __shared__ float rows[join_warps][32 * N];
-    __shared__ float sums[join_warps];
+    __shared__ float2 meta[join_warps]; // (top, sum)
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int row = blockIdx.x, head_kv = blockIdx.y, seq = blockIdx.z;
     const long long at = (((long long) seq * p.n_head_kv + head_kv) * p.n_rows + row) * p.n_parts;
     grid_trigger();
+    fresh_part<D> fresh;
+    if (p.fresh.present && warp == 0) { // written before the kernel that encodes the token began
+        fresh.load(p, head_kv, row, lane);
+    }
     grid_wait();
 
-    float top = -1e30f;
-    for (int i = lane; i < p.n_parts; i += 32) {
-        top = fmaxf(top, p.meta[at + i].x);
-    }
-#pragma unroll
-    for (int s = 1; s < 32; s *= 2) {
-        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, s));
-    }
-    float v[N], sum = 0.0f;
+    float v[N], top = -1e30f, sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < N; i++) {
         v[i] = 0.0f;
     }
-    for (int first = warp; first < p.n_parts; first += 8 * join_warps) {
-        float y[8][N];
-        float2 m[8];
+#pragma unroll 1
+    for (int first = warp; first < p.n_parts; first += join_batch * join_warps) {
+        float y[join_batch][N];
+        float2 m[join_batch];
 #pragma unroll
-        for (int q = 0; q < 8; q++) { // all loads before their first use
+        for (int q = 0; q < join_batch; q++) { // all loads before their first use
             const int part = first + q * join_warps;
             m[q] = make_float2(-1e30f, 0.0f);
 #pragma unroll
@@ -1061,22 +1244,22 @@ template <int D> __global__ void __launch_bounds__(32 * join_warps) attention_jo
             }
             if (part < p.n_parts) {
                 m[q] = p.meta[at + part];
-                const float * const src = p.part + (at + part) * D;
-#pragma unroll
-                for (int i = 0; i < N; i++) {
-                    if constexpr (D % 128 == 0) {
-                        if (i % 4 == 0) {
-                            const float4 f = *(const float4 *) (src + row_coordinate<D>(i, lane));
-                            y[q][i] = f.x, y[q][i + 1] = f.y, y[q][i + 2] = f.z, y[q][i + 3] = f.w;
-                        }
-                    } else if (row_coordinate<D>(i, lane) < D) {
-                        y[q][i] = src[row_coordinate<D>(i, lane)];
-                    }
-                }
+                load_row<D>(p.part + (at + part) * D, lane, y[q]);
             }
         }
+        const float before = top;
 #pragma unroll
-        for (int q = 0; q < 8; q++) {
+        for (int q = 0; q < join_batch; q++) {
+            top = fmaxf(top, m[q].x);
+        }
+        const float alpha = exp2_fast(before - top);
+        sum *= alpha;
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            v[i] *= alpha;
+        }
+#pragma unroll
+        for (int q = 0; q < join_batch; q++) {
             const float f = exp2_fast(m[q].x - top);
             sum = fmaf(m[q].y, f, sum);
 #pragma unroll
@@ -1090,24 +1273,29 @@ template <int D> __global__ void __launch_bounds__(32 * join_warps) attention_jo
         rows[warp][32 * i + lane] = v[i];
     }
     if (lane == 0) {
-        sums[warp] = sum;
+        meta[warp] = make_float2(top, sum);
     }
     __syncthreads();
     if (warp == 0) {
-        sum = 0.0f;
 #pragma unroll
         for (int w = 0; w < join_warps; w++) {
-            sum += sums[w];
+            top = fmaxf(top, meta[w].x);
         }
+        sum = 0.0f;
 #pragma unroll
         for (int i = 0; i < N; i++) {
             v[i] = 0.0f;
+        }
 #pragma unroll
-            for (int w = 0; w < join_warps; w++) {
-                v[i] += rows[w][32 * i + lane];
+        for (int w = 0; w < join_warps; w++) {
+            const float f = exp2_fast(meta[w].x - top);
+            sum = fmaf(meta[w].y, f, sum);
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+                v[i] = fmaf(rows[w][32 * i + lane], f, v[i]);
             }
         }
-        store_row<D>(p, seq, head_kv, row, v, top, sum, lane);
+        store_row<D>(p, seq, head_kv, row, v, top, sum, fresh, lane);
     }
 }
 

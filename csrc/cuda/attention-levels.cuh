@@ -220,6 +220,11 @@ template <class T, int G = 0> PYTQ_DEV int query_byte(int c) {
     return 4 * (j * query_words<T>() + word) + (n & 3);
 }
 
+// Whether four neighbouring coordinates of four lanes (16 in a row) make up whole words of the query operand.
+template <class T> PYTQ_HD constexpr bool query_by_words() {
+    return T::n_groups == 1 && T::d % 32 == 0 && key_group<T, 0>::per_lane % 16 == 0;
+}
+
 // Levels of window W of group G; bits: bit offset of the block's plane 0, u: whole words further.
 template <class T, int G, int W>
 PYTQ_DEV void key_levels(const half_table<T::code, T::template group_bits<G>> & table, const hidden_constants & c,

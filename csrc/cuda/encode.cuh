@@ -778,8 +778,32 @@ PYTQ_DEV void encode_scalar(char * at, const encode_parts & parts, const encode_
     }
 }
 
-// Blocks of one warp. BITS: bits of the only group, or 0 for a type with several groups. D: the head size, or 0 for
-// any.
+// Encodes vector `item` of p, if there is one, by LANES lanes with memory of their own at `at`. BITS: bits of the only
+// group, or 0 for a type with several groups. D: the head size, or 0 for any.
+template <int CODE, int BITS, int LANES, int D>
+PYTQ_DEV void encode_vector(const encode_params & p, int item, char * at, int lane) {
+    const int l = lane & (LANES - 1), d = D ? D : p.l.d;
+    const encode_parts parts(d, LANES);
+    const bool exists = item < p.blocks_per_row * p.n1 * p.n2 * p.n3;
+    const encode_item v(p, exists ? (unsigned) item : 0u, d);
+    encode_state st = encode_load<LANES>(v.src, exists ? d : 0, d, p.hadamard, (float *) at, lane);
+    uint8_t * const out = (uint8_t *) (at + parts.metric);
+    if (ballot32(!st.zero, lane & 32)) { // the same for the whole warp, so that the steps below can exchange values
+        if constexpr (CODE == PYTQ_CODE_TRELLIS) {
+            encode_costs<BITS, LANES>(p, at, parts, st, d, lane);
+            viterbi<LANES>(at, parts, d, lane);
+            encode_planes<BITS, LANES>(p, at, parts, st, out, d, lane);
+        } else {
+            encode_scalar<BITS, LANES>(at, parts, st, out, d, lane);
+        }
+        warp_fence();
+    }
+    for (int i = l; i < p.l.block_bytes && exists; i += LANES) {
+        v.dst[i] = st.zero ? (uint8_t) 0 : out[i];
+    }
+}
+
+// Blocks of one warp.
 template <int CODE, int BITS, int LANES, int D>
 __global__ void __launch_bounds__(32) encode(const PYTQ_GRID_CONSTANT encode_job job) {
     const int lane = threadIdx.x, l = lane & (LANES - 1), block = (int) blockIdx.x;
@@ -804,86 +828,9 @@ __global__ void __launch_bounds__(32) encode(const PYTQ_GRID_CONSTANT encode_job
     }
     const int which = block >= job.first_end;
     const encode_params & p = job.p[which];
-    const int d = D ? D : p.l.d;
-    const encode_parts parts(d, LANES);
-    char * const at = encode_smem + slot * parts.bytes;
-    const int item = (block - which * job.first_end) * per_block + slot;
-    const bool exists = item < p.blocks_per_row * p.n1 * p.n2 * p.n3;
     grid_wait();
-
-    const encode_item v(p, exists ? (unsigned) item : 0u, d);
-    encode_state st = encode_load<LANES>(v.src, exists ? d : 0, d, p.hadamard, (float *) at, lane);
-    uint8_t * const out = (uint8_t *) (at + parts.metric);
-    if (ballot32(!st.zero, lane & 32)) { // the same for the whole warp, so that the steps below can exchange values
-        if constexpr (CODE == PYTQ_CODE_TRELLIS) {
-            encode_costs<BITS, LANES>(p, at, parts, st, d, lane);
-            viterbi<LANES>(at, parts, d, lane);
-            encode_planes<BITS, LANES>(p, at, parts, st, out, d, lane);
-        } else {
-            encode_scalar<BITS, LANES>(at, parts, st, out, d, lane);
-        }
-        warp_fence();
-    }
-    for (int i = l; i < p.l.block_bytes && exists; i += LANES) {
-        v.dst[i] = st.zero ? (uint8_t) 0 : out[i];
-    }
-}
-
-// ------------------------------------------------------------------------------------------------ host side
-
-constexpr long long encode_wide_from = 1024; // more vectors than this take the shape for throughput
-
-using encode_kernel = void (*)(encode_job);
-
-// Kernel of a layout, null where there is none.
-template <int LANES, int D> inline encode_kernel encode_kernel_of(const layout & l) {
-    constexpr int S = PYTQ_CODE_SCALAR, T = PYTQ_CODE_TRELLIS;
-    const int bits = l.n_groups > 1 ? 0 : l.group_bits[0];
-    if (l.code == S) {
-        return bits == 2   ? encode<S, 2, LANES, D>
-               : bits == 3 ? encode<S, 3, LANES, D>
-               : bits == 4 ? encode<S, 4, LANES, D>
-                           : nullptr;
-    }
-    switch (bits) {
-        case 0:
-            return encode<T, 0, LANES, 0>;
-        case 2:
-            return encode<T, 2, LANES, D>;
-        case 3:
-            return encode<T, 3, LANES, D>;
-        case 4:
-            return encode<T, 4, LANES, D>;
-        case 5:
-            return encode<T, 5, LANES, 0>;
-        default:
-            return nullptr;
-    }
-}
-
-// Grid of a job: vectors of both sets and of the rotation, which job.p and job.rotate describe already. The second set
-// must be of a type that takes the same kernel (encode_same_kernel).
-struct encode_launch {
-    encode_kernel kernel;
-    int blocks, threads, shared_bytes;
-    // wide: the shape for throughput
-    encode_launch(encode_job & job, long long n_first, long long n_second, bool wide) {
-        const layout & l = job.p[0].l;
-        const bool d128 = l.d == 128 && (!n_second || job.p[1].l.d == 128) && (!job.rotate.n || job.rotate.d == 128);
-        kernel = wide ? (d128 ? encode_kernel_of<8, 128>(l) : encode_kernel_of<8, 0>(l))
-                      : (d128 ? encode_kernel_of<32, 128>(l) : encode_kernel_of<32, 0>(l));
-        const int lanes = wide ? 8 : 32, per_block = 32 / lanes;
-        job.first_end = (int) ((n_first + per_block - 1) / per_block);
-        job.second_end = job.first_end + (int) ((n_second + per_block - 1) / per_block);
-        blocks = job.second_end + (job.rotate.n + per_block - 1) / per_block;
-        threads = 32;
-        shared_bytes = per_block * encode_parts(n_second && job.p[1].l.d > l.d ? job.p[1].l.d : l.d, lanes).bytes;
-    }
-};
-
-inline bool encode_same_kernel(const layout & a, const layout & b) {
-    return a.code == b.code && (a.n_groups > 1) == (b.n_groups > 1) &&
-           (a.n_groups > 1 || a.group_bits[0] == b.group_bits[0]);
+    encode_vector<CODE, BITS, LANES, D>(p, (block - which * job.first_end) * per_block + slot,
+                                        encode_smem + slot * encode_parts(D ? D : p.l.d, LANES).bytes, lane);
 }
 
 } // namespace pytq

@@ -23,7 +23,8 @@ bool dependent_launch(const void * kernel) {
 #endif
 }
 
-template <int KT, int VT> bool run(ggml_backend_cuda_context * ctx, ggml_tensor * dst, bool check) {
+template <int KT, int VT>
+bool run(ggml_backend_cuda_context * ctx, ggml_tensor * dst, const pytq_cuda_fresh * fresh, bool check) {
     if (check) {
         return true;
     }
@@ -48,9 +49,13 @@ template <int KT, int VT> bool run(ggml_backend_cuda_context * ctx, ggml_tensor 
     memcpy(&p.max_bias, (const float *) dst->op_params + 1, sizeof(float));
     memcpy(&p.softcap, (const float *) dst->op_params + 2, sizeof(float));
     p.rotate = ggml_get_op_params_i32(dst, pytq_rotate_output_param) == 1;
+    if (fresh) {
+        p.fresh.present = true, p.fresh.first_row = fresh->first_row;
+        p.fresh.write[0] = fresh->keys, p.fresh.write[1] = fresh->values;
+        p.rotate_query = fresh->turned;
+    }
     p.n_head_log2 = 1 << (int) floorf(log2f((float) q->ne[2]));
-    p.m0 = powf(2.0f, -p.max_bias / p.n_head_log2);
-    p.m1 = powf(2.0f, -p.max_bias / 2.0f / p.n_head_log2);
+    p.slope_log2[0] = -p.max_bias / p.n_head_log2, p.slope_log2[1] = -p.max_bias / 2.0f / p.n_head_log2;
 
     // both alignments are compiled for the commonest head size only
     constexpr bool both = pytq::type<KT>::d == 128;
@@ -90,13 +95,14 @@ constexpr int id_of(int family, int slot) {
 #define PYTQ_MORE_V(X)
 #endif
 
-bool PYTQ_CAT(pytq_cuda_decode_, PYTQ_K)(ggml_backend_cuda_context * ctx, ggml_tensor * dst, bool check) {
+bool PYTQ_CAT(pytq_cuda_decode_, PYTQ_K)(ggml_backend_cuda_context * ctx, ggml_tensor * dst,
+                                         const pytq_cuda_fresh * fresh, bool check) {
     const int slot = ((int) dst->src[1]->type - PYTQ_TYPE_BASE) % PYTQ_FAMILY_STRIDE;
     const int v = (int) dst->src[2]->type;
     constexpr int K = PYTQ_INDEX(PYTQ_K), OWN = PYTQ_INDEX(PYTQ_OWN_V);
 #define PYTQ_SLOT(s)                                                                                                   \
     if (slot == s && v == id_of(OWN, s)) {                                                                             \
-        return run<id_of(K, s), id_of(OWN, s)>(ctx, dst, check);                                                       \
+        return run<id_of(K, s), id_of(OWN, s)>(ctx, dst, fresh, check);                                                \
     }
     PYTQ_SLOT(1)
     PYTQ_SLOT(2)
@@ -107,7 +113,7 @@ bool PYTQ_CAT(pytq_cuda_decode_, PYTQ_K)(ggml_backend_cuda_context * ctx, ggml_t
 #undef PYTQ_SLOT
 #define PYTQ_V(name)                                                                                                   \
     if (slot == 4 && v == id_of(PYTQ_INDEX(name), 4)) {                                                                \
-        return run<id_of(K, 4), id_of(PYTQ_INDEX(name), 4)>(ctx, dst, check);                                          \
+        return run<id_of(K, 4), id_of(PYTQ_INDEX(name), 4)>(ctx, dst, fresh, check);                                   \
     }
     PYTQ_MORE_V(PYTQ_V)
 #undef PYTQ_V

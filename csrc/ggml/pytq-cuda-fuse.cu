@@ -6,9 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 
-constexpr int window = 96; // nodes of one layer that lie between a rotation and the write, generously
-
-bool pytq_fusion_enabled() {
+bool pytq_cuda_fusion_enabled() {
     static const bool on = [] {
         const char * e = getenv("PYTQ_CUDA_FUSE");
         return !e || strcmp(e, "0") != 0;
@@ -16,189 +14,37 @@ bool pytq_fusion_enabled() {
     return on;
 }
 
-static bool is_view(const ggml_tensor * t) {
-    return t->op == GGML_OP_RESHAPE || t->op == GGML_OP_VIEW || t->op == GGML_OP_PERMUTE || t->op == GGML_OP_TRANSPOSE;
-}
-
-static bool does_nothing(const ggml_tensor * t) {
-    return t->op == GGML_OP_NONE || is_view(t);
-}
-
-static const ggml_tensor * behind_views(const ggml_tensor * t) {
-    while (t && is_view(t)) {
-        t = t->src[0];
-    }
-    return t;
-}
-
-static int uses(const ggml_cgraph * graph, const ggml_tensor * t) {
-    const size_t at = ggml_hash_find(&graph->visited_hash_set, t);
-    return at != GGML_HASHSET_FULL && ggml_bitset_get(graph->visited_hash_set.used, at) ? graph->use_counts[at] : 0;
-}
-
-// Whether t is all of root's data in order and nobody else uses root or the views between.
-static bool only_use(const ggml_cgraph * graph, const ggml_tensor * t, const ggml_tensor * root) {
-    if (!ggml_is_contiguous(t) || !ggml_is_contiguous(root) || ggml_nelements(t) != ggml_nelements(root) ||
-        (t != root && t->view_offs != root->view_offs)) {
+bool pytq_cuda_is_left_out(const ggml_cgraph * graph, int i) {
+    if (!pytq_cuda_fusion_enabled() || !pytq_is_rotation(graph->nodes[i])) {
         return false;
     }
-    for (;; t = t->src[0]) {
-        if (uses(graph, t) != 1 || (t->flags & GGML_TENSOR_FLAG_OUTPUT)) {
-            return false;
-        }
-        if (t == root) {
-            return true;
-        }
-    }
-}
-
-static bool is_rotation(const ggml_tensor * t) {
-    return t->op == GGML_OP_MUL_MAT && ggml_get_op_params_i32(t, 1) == GGML_HINT_SRC0_IS_HADAMARD &&
-           t->type == GGML_TYPE_F32 && t->src[1]->type == GGML_TYPE_F32 && ggml_is_contiguous(t) &&
-           ggml_is_contiguous(t->src[1]) && ggml_are_same_shape(t, t->src[1]) &&
-           (t->ne[0] == 64 || t->ne[0] == 128 || t->ne[0] == 256);
-}
-
-static bool overlap(const ggml_tensor * a, const ggml_tensor * b) {
-    const char *pa = (const char *) a->data, *pb = (const char *) b->data;
-    return pa && pb && pa < pb + ggml_nbytes(b) && pb < pa + ggml_nbytes(a);
-}
-
-static int index_before(const ggml_cgraph * graph, const ggml_tensor * t, int end) {
-    for (int i = end - 1; i >= 0 && i >= end - window; i--) {
-        if (graph->nodes[i] == t) {
-            return i;
-        }
-    }
-    return -1;
-}
-
-static bool is_cache_write(const ggml_tensor * t) {
-    return t->op == GGML_OP_SET_ROWS && pytq_is_type(t->type) && (t->flags & GGML_TENSOR_FLAG_COMPUTE);
-}
-
-// Whether the operand of a rotation is still what it was when node `end` runs.
-static bool operand_lives(const ggml_cgraph * graph, const pytq_cache_writes & w, const ggml_tensor * rotation,
-                          int end) {
-    for (int i = index_before(graph, rotation, end) + 1; i < end; i++) {
-        const ggml_tensor * t = graph->nodes[i];
-        if (!does_nothing(t) && !w.leaves_out(t) && overlap(t, rotation->src[1])) {
-            return false;
-        }
-    }
-    return true;
-}
-
-pytq_cache_writes pytq_match_cache_writes(const ggml_cgraph * graph, int i) {
-    pytq_cache_writes w = {};
-    w.write[w.n_writes++].set_rows = graph->nodes[i];
-    w.last = i;
-    int j = i + 1;
-    while (j < graph->n_nodes && does_nothing(graph->nodes[j])) {
-        j++;
-    }
-    if (j < graph->n_nodes && is_cache_write(graph->nodes[j]) &&
-        graph->nodes[j]->view_src != graph->nodes[i]->view_src) {
-        w.write[w.n_writes++].set_rows = graph->nodes[j];
-        w.last = j;
-    }
-    if (!pytq_fusion_enabled()) {
-        return w;
-    }
-    for (int k = 0; k < w.n_writes; k++) {
-        const ggml_tensor * src = w.write[k].set_rows->src[0];
-        const ggml_tensor * r = behind_views(src);
-        if (is_rotation(r) && r->ne[0] == ggml_blck_size(w.write[k].set_rows->type) && index_before(graph, r, i) >= 0 &&
-            only_use(graph, src, r)) {
-            w.write[k].rotation = r;
-        }
-    }
-    // the last rotation before the write whose result nothing up to the write needs: the queries
-    for (int q = i - 1; q >= 0 && q >= i - window && !is_cache_write(graph->nodes[q]) && !w.queries; q--) {
-        const ggml_tensor * r = graph->nodes[q];
-        bool later = is_rotation(r) && (r->flags & GGML_TENSOR_FLAG_COMPUTE) && !w.leaves_out(r);
-        for (int k = q + 1; k <= w.last && later; k++) {
-            for (int s = 0; s < GGML_MAX_SRC && !does_nothing(graph->nodes[k]); s++) {
-                later = later && (!graph->nodes[k]->src[s] || behind_views(graph->nodes[k]->src[s]) != r);
-            }
-        }
-        w.queries = later ? r : nullptr;
-    }
-    // dropping one rotation makes it run where it stands, which may spoil another's operand
-    for (bool again = true; again;) {
-        again = false;
-        for (pytq_cache_write & k : w.write) {
-            if (k.rotation && !operand_lives(graph, w, k.rotation, i)) {
-                k.rotation = nullptr, again = true;
-            }
-        }
-        bool keep = w.queries && operand_lives(graph, w, w.queries, i) && !overlap(w.queries, w.queries->src[1]);
-        for (const pytq_cache_write & k : w.write) {
-            keep = keep && (!k.set_rows || !overlap(w.queries, k.rotation ? k.rotation->src[1] : k.set_rows->src[0]));
-        }
-        if (w.queries && !keep) {
-            w.queries = nullptr, again = true;
-        }
-    }
-    return w;
-}
-
-bool pytq_is_left_out(const ggml_cgraph * graph, int i) {
-    if (!pytq_fusion_enabled() || !is_rotation(graph->nodes[i])) {
-        return false;
-    }
-    for (int j = i + 1; j < graph->n_nodes && j <= i + window; j++) {
-        if (is_cache_write(graph->nodes[j])) {
-            return pytq_match_cache_writes(graph, j).leaves_out(graph->nodes[i]);
+    for (int j = i + 1; j < graph->n_nodes && j <= i + PYTQ_FUSE_WINDOW; j++) {
+        if (pytq_is_cache_write(graph->nodes[j])) {
+            return pytq_find_cache_writes(graph, j, true).leaves_out(graph->nodes[i]);
         }
     }
     return false;
 }
 
-int pytq_match_rotated_output(const ggml_cgraph * graph, int i) {
-    const ggml_tensor * node = graph->nodes[i];
-    if (!pytq_fusion_enabled() || node->op != GGML_OP_FLASH_ATTN_EXT) {
-        return -1;
-    }
-    int j = i + 1;
-    while (j < graph->n_nodes && does_nothing(graph->nodes[j])) {
-        j++;
-    }
-    const ggml_tensor * r = j < graph->n_nodes ? graph->nodes[j] : nullptr;
-    if (!r || !is_rotation(r) || !(r->flags & GGML_TENSOR_FLAG_COMPUTE) || r->ne[0] != node->ne[0] ||
-        behind_views(r->src[1]) != node || !only_use(graph, r->src[1], node)) {
-        return -1;
-    }
-    for (int s = 0; s < GGML_MAX_SRC; s++) {
-        if (node->src[s] && overlap(r, node->src[s])) {
-            return -1;
-        }
-    }
-    return j;
-}
-
 void pytq_cuda_graph_optimize(const ggml_cgraph * graph, const ggml_backend_graph_optimize_params * params) {
-    if (!pytq_fusion_enabled()) {
+    if (!pytq_cuda_fusion_enabled()) {
         return;
     }
     for (int i = 0; i < graph->n_nodes; i++) {
-        ggml_tensor * node = graph->nodes[i];
-        if (is_cache_write(node)) {
-            const pytq_cache_writes w = pytq_match_cache_writes(graph, i);
-            ggml_tensor * until = graph->nodes[w.last];
-            for (const ggml_tensor * r : {w.queries, w.write[0].rotation, w.write[1].rotation}) {
-                if (r) {
-                    params->add_alloc_dep(params->user_data, r->src[1], until);
-                }
+        const ggml_tensor * node = graph->nodes[i];
+        if (pytq_is_cache_write(node)) {
+            const pytq_cache_writes w = pytq_find_cache_writes(graph, i, true);
+            const pytq_fresh_token f = pytq_find_fresh_token(graph, w);
+            pytq_keep_operands(graph, w, params);
+            if (f.attention >= 0) {
+                pytq_keep_operands(graph, f, params);
             }
             i = w.last;
         } else if (node->op == GGML_OP_FLASH_ATTN_EXT &&
                    (pytq_is_type(node->src[1]->type) || pytq_is_type(node->src[2]->type))) {
-            const int r = pytq_match_rotated_output(graph, i);
-            for (int s : {0, 3, 4}) { // queries, mask, sinks
-                if (r >= 0 && node->src[s]) {
-                    params->add_alloc_dep(params->user_data, node->src[s], graph->nodes[r]);
-                }
+            const int r = pytq_find_rotated_output(graph, i);
+            if (r >= 0) {
+                pytq_keep_operands(graph, i, r, params);
             }
         }
     }

@@ -17,7 +17,7 @@
 #endif
 
 #include "cuda/decode-values.cuh"
-#include "cuda/encode.cuh"
+#include "cuda/encode-launch.cuh"
 
 #include <algorithm>
 #include <climits>
@@ -36,9 +36,8 @@ static int64_t encode_items(const pytq::encode_params & p) {
 
 // second: further vectors for the same kernel, or null. queries: a product by the Hadamard matrix to be done in the
 // same launch, or null.
-// together: in few blocks of many warps. Returns the number of blocks.
-static int encode(ggml_backend_cuda_context & ctx, const pytq::encode_params & p, const pytq::encode_params * second,
-                  const ggml_tensor * queries, bool together = false) {
+static void encode(ggml_backend_cuda_context & ctx, const pytq::encode_params & p, const pytq::encode_params * second,
+                   const ggml_tensor * queries) {
     const int64_t n = encode_items(p), n2 = second ? encode_items(*second) : 0;
     pytq::encode_job job = {{p, second ? *second : p}, {}, 0, 0};
     if (queries) {
@@ -46,17 +45,12 @@ static int encode(ggml_backend_cuda_context & ctx, const pytq::encode_params & p
                       (int) queries->ne[0], 1 / sqrtf((float) queries->ne[0])};
     }
     if (n + n2 + job.rotate.n == 0) {
-        return 0;
+        return;
     }
     GGML_ASSERT(n + n2 + job.rotate.n < INT_MAX);
-    const pytq::encode_launch run(job, n, n2, n + n2 > pytq::encode_wide_from, together);
+    const pytq::encode_launch run(job, n, n2, n + n2 > pytq::encode_wide_from);
     GGML_ASSERT(run.kernel);
-    if (run.shared_bytes > 48 * 1024) {
-        CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void *>(run.kernel),
-                                        cudaFuncAttributeMaxDynamicSharedMemorySize, run.shared_bytes));
-    }
     ggml_cuda_kernel_launch(run.kernel, {dim3(run.blocks), dim3(run.threads), run.shared_bytes, ctx.stream()}, job);
-    return run.blocks;
 }
 
 static pytq::encode_params encode_from(const ggml_tensor * src, const ggml_tensor * dst) {
@@ -86,17 +80,18 @@ static pytq::encode_params set_rows_params(const pytq_cache_write & w) {
     return p;
 }
 
-// beside: attention runs beside the launch and rotates the queries itself. Returns the blocks of the last launch.
-static int set_rows(ggml_backend_cuda_context & ctx, const pytq_cache_writes & w, bool beside = false) {
+static void set_rows(ggml_backend_cuda_context & ctx, const pytq_cache_writes & w) {
     const pytq::encode_params first = set_rows_params(w.write[0]);
-    const ggml_tensor * queries = beside ? nullptr : w.queries;
     if (w.n_writes == 1) {
-        return encode(ctx, first, nullptr, queries, beside);
+        encode(ctx, first, nullptr, w.queries);
+        return;
     }
     const pytq::encode_params second = set_rows_params(w.write[1]);
     const bool same = pytq::encode_same_kernel(first.l, second.l);
-    const int blocks = encode(ctx, first, same ? &second : nullptr, queries, beside);
-    return same ? blocks : encode(ctx, second, nullptr, nullptr, beside);
+    encode(ctx, first, same ? &second : nullptr, w.queries);
+    if (!same) {
+        encode(ctx, second, nullptr, nullptr);
+    }
 }
 
 // ------------------------------------------------------------------------------------------------ decode
@@ -153,12 +148,7 @@ static void copy(ggml_backend_cuda_context & ctx, ggml_tensor * node) {
 // One kernel for every shape; the tensor-core kernels below are NVIDIA's.
 constexpr int pytq_rotate_output_param = 15;
 constexpr bool pytq_decode_rotates_output = false;
-struct pytq_cuda_fresh {
-    const void *k, *v, *row;
-    int row_bytes, encoder_blocks;
-    int64_t first_row;
-    bool turned;
-};
+struct pytq_cuda_fresh;
 static bool few_rows_kernel(ggml_backend_cuda_context *, ggml_tensor *, const pytq_cuda_fresh *, bool) {
     return false;
 }
@@ -591,27 +581,28 @@ int pytq_cuda_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * grap
     }
     switch (node->op) {
         case GGML_OP_MUL_MAT:
-            return pytq_is_left_out(graph, i) ? 1 : 0;
+            return pytq_cuda_is_left_out(graph, i) ? 1 : 0;
         case GGML_OP_SET_ROWS:
             if (is_compressed(node)) {
-                const pytq_cache_writes w = pytq_match_cache_writes(graph, i);
-                const pytq_fresh_token f = pytq_match_fresh_token(graph, w);
-                if (!pytq_decode_rotates_output || f.attention < 0 ||
+                const bool on = pytq_cuda_fusion_enabled();
+                const pytq_cache_writes w = pytq_find_cache_writes(graph, i, on);
+                const pytq_fresh_token f = pytq_find_fresh_token(graph, w);
+                if (!on || !pytq_decode_rotates_output || f.attention < 0 ||
                     !few_rows_kernel(nullptr, graph->nodes[f.attention], nullptr, true)) {
                     set_rows(ctx, w);
                     return w.last - i + 1;
                 }
-                const int blocks = set_rows(ctx, w, true);
-                const pytq_cuda_fresh fresh = {
-                    f.k->data, f.v->data,   f.rows->data, f.rows->type == GGML_TYPE_I64 ? 8 : 4,
-                    blocks,    f.first_row, f.turned};
+#if !defined(GGML_USE_HIP)
+                const pytq_cuda_fresh fresh = {set_rows_params(w.write[f.keys]), set_rows_params(w.write[1 - f.keys]),
+                                               f.first_row, f.turned};
                 few_rows_into(ctx, graph->nodes[f.attention], graph->nodes[f.last], f.turned ? f.q : nullptr, &fresh);
                 return f.last - i + 1;
+#endif
             }
             return 0;
         case GGML_OP_FLASH_ATTN_EXT:
             if (pytq_decode_rotates_output && (is_compressed(node->src[1]) || is_compressed(node->src[2]))) {
-                const int r = pytq_match_rotated_output(graph, i);
+                const int r = pytq_cuda_fusion_enabled() ? pytq_find_rotated_output(graph, i) : -1;
                 if (r < 0 || !few_rows_kernel(nullptr, node, nullptr, true)) {
                     return 0;
                 }

@@ -152,6 +152,65 @@ int pytq_find_rotated_output(const ggml_cgraph * graph, int i) {
     return j;
 }
 
+static const ggml_tensor * cache_of(const ggml_tensor * t) {
+    return t->view_src ? t->view_src : t;
+}
+
+// Whether w writes one row that holds a token of all heads of the cache tensor t, a view [d, n_kv, n_head].
+static bool writes_one_token_of(const pytq_cache_write & w, const ggml_tensor * t) {
+    const ggml_tensor * dst = w.set_rows;
+    const ggml_tensor * src = dst->src[0];
+    return cache_of(dst) == cache_of(t) && dst->type == t->type && ggml_nrows(src) == 1 && src->type == GGML_TYPE_F32 &&
+           ggml_is_contiguous(src) && ggml_nelements(dst->src[1]) == 1 && dst->ne[2] * dst->ne[3] == 1 &&
+           src->ne[0] == t->ne[0] * t->ne[2] && t->ne[3] == 1 && dst->nb[1] == t->nb[1] &&
+           t->nb[2] == ggml_row_size(t->type, t->ne[0]) && t->view_offs >= dst->view_offs &&
+           (t->view_offs - dst->view_offs) % t->nb[1] == 0;
+}
+
+pytq_fresh_token pytq_find_fresh_token(const ggml_cgraph * graph, const pytq_cache_writes & w) {
+    pytq_fresh_token f = {-1, -1, false, nullptr, nullptr, nullptr, nullptr, 0, 0};
+    int i = w.last + 1;
+    while (i < graph->n_nodes && does_nothing(graph->nodes[i])) {
+        i++;
+    }
+    if (w.n_writes != 2 || i == graph->n_nodes || graph->nodes[i]->op != GGML_OP_FLASH_ATTN_EXT ||
+        !(graph->nodes[i]->flags & GGML_TENSOR_FLAG_COMPUTE)) {
+        return f;
+    }
+    const ggml_tensor * node = graph->nodes[i];
+    ggml_tensor *q = node->src[0], *k = node->src[1], *v = node->src[2];
+    const int of_k = cache_of(w.write[0].set_rows) == cache_of(k) ? 0 : 1;
+    const pytq_cache_write &wk = w.write[of_k], &wv = w.write[1 - of_k];
+    if (q->ne[1] * q->ne[3] != 1 || !writes_one_token_of(wk, k) || !writes_one_token_of(wv, v)) {
+        return f;
+    }
+    // keys and queries in one basis, values and the result in another
+    const bool turned = w.queries && behind_views(q) == w.queries && only_use(graph, q, w.queries);
+    const int r = pytq_find_rotated_output(graph, i);
+    ggml_tensor *rows_k = wk.set_rows->src[1], *rows_v = wv.set_rows->src[1];
+    const int64_t first = (int64_t) ((k->view_offs - wk.set_rows->view_offs) / k->nb[1]);
+    if ((w.queries && !turned) || turned != (wk.rotation != nullptr) || (r >= 0) != (wv.rotation != nullptr) ||
+        turned != (r >= 0) || rows_k->type != rows_v->type ||
+        first != (int64_t) ((v->view_offs - wv.set_rows->view_offs) / v->nb[1])) {
+        return f;
+    }
+    f = {i,
+         r >= 0 ? r : i,
+         turned,
+         turned ? w.queries->src[1] : q,
+         turned ? wk.rotation->src[1] : wk.set_rows->src[0],
+         turned ? wv.rotation->src[1] : wv.set_rows->src[0],
+         rows_k,
+         of_k,
+         first};
+    for (const ggml_tensor * t : {f.q, f.k, f.v, f.rows}) { // read until the result is stored
+        if (overlap(graph->nodes[f.last], t)) {
+            f.attention = -1;
+        }
+    }
+    return f;
+}
+
 void pytq_keep_operands(const ggml_cgraph * graph, const pytq_cache_writes & w,
                         const ggml_backend_graph_optimize_params * params) {
     for (const ggml_tensor * r : {w.queries, w.write[0].rotation, w.write[1].rotation}) {
@@ -166,5 +225,12 @@ void pytq_keep_operands(const ggml_cgraph * graph, int i, int r, const ggml_back
         if (graph->nodes[i]->src[s]) {
             params->add_alloc_dep(params->user_data, graph->nodes[i]->src[s], graph->nodes[r]);
         }
+    }
+}
+
+void pytq_keep_operands(const ggml_cgraph * graph, const pytq_fresh_token & f,
+                        const ggml_backend_graph_optimize_params * params) {
+    for (ggml_tensor * t : {f.q, f.k, f.v, f.rows}) {
+        params->add_alloc_dep(params->user_data, t, graph->nodes[f.last]);
     }
 }

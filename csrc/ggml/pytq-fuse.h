@@ -38,8 +38,23 @@ pytq_cache_writes pytq_find_cache_writes(const ggml_cgraph * graph, int i, bool 
 // Index of the product that only rotates the result of FLASH_ATTN_EXT node i, or -1.
 int pytq_find_rotated_output(const ggml_cgraph * graph, int i);
 
-// Asks the allocator to keep what these patterns read: of the writes from node i on, of attention at node i rotated by
-// node r.
+// Attention that follows the writes of one token's keys and values.
+struct pytq_fresh_token {
+    int attention; // FLASH_ATTN_EXT node, or -1
+    int last;      // that node, or the one that only rotates its result and is done with it
+    bool turned;   // queries, keys and values below are those before the products by the Hadamard matrix
+    ggml_tensor *q, *k, *v, *rows;
+    int keys;          // which of the writes is that of the keys
+    int64_t first_row; // row of the cache where the sequence begins
+};
+
+// Whether attention behind the writes w of graph may run before they are done.
+pytq_fresh_token pytq_find_fresh_token(const ggml_cgraph * graph, const pytq_cache_writes & w);
+
+// Asks the allocator to keep what these patterns read: of the writes, of attention at node i rotated by node r, of
+// attention beside the writes.
 void pytq_keep_operands(const ggml_cgraph * graph, const pytq_cache_writes & w,
                         const ggml_backend_graph_optimize_params * params);
 void pytq_keep_operands(const ggml_cgraph * graph, int i, int r, const ggml_backend_graph_optimize_params * params);
+void pytq_keep_operands(const ggml_cgraph * graph, const pytq_fresh_token & f,
+                        const ggml_backend_graph_optimize_params * params);

@@ -429,6 +429,7 @@ ggml_type pytq_kv_policy::layer_type(char kv, uint32_t head_dim, uint32_t n_head
     if (pytq_is_type(out)) {
         s.whole[il] = head_dim;
     }
+    layer_bufts.insert(buft);
     if (kv == 'k' && out != s.requested && !ggml_is_quantized(out)) { // the other layers may be rotated
         transforms[il].identity = true;
     }
@@ -454,6 +455,28 @@ void pytq_kv_policy::add_hadamard(std::unordered_map<int64_t, std::vector<float>
                                  "this model");
     }
     pytq_kv_add_hadamard(table, head_dim);
+}
+
+ggml_tensor * pytq_kv_policy::device_rotation(char kv, int order, const std::vector<float> & matrix) {
+    if (of(kv).whole.empty() || layer_bufts.size() != 1 || ggml_backend_buft_is_host(*layer_bufts.begin())) {
+        return nullptr;
+    }
+    ggml_tensor *& rot = rotations[order];
+    if (!rot) {
+        ggml_context_ptr ctx(ggml_init({/*.mem_size =*/ggml_tensor_overhead(), /*.mem_buffer =*/nullptr,
+                                        /*.no_alloc =*/true}));
+        ggml_tensor * t = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, order, order);
+        ggml_format_name(t, "kv_rot_%d", order);
+        ggml_backend_buffer_ptr buf(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), *layer_bufts.begin()));
+        if (!buf) {
+            throw std::runtime_error("no memory for a rotation of order " + std::to_string(order));
+        }
+        ggml_backend_tensor_set(t, matrix.data(), 0, ggml_nbytes(t));
+        ggml_backend_buffer_set_usage(buf.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+        buffers.emplace_back(std::move(ctx), std::move(buf));
+        rot = t;
+    }
+    return rot;
 }
 
 bool pytq_kv_policy::can_shift(const llama_hparams & hparams) const {

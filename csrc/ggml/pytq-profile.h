@@ -12,6 +12,7 @@
 
 #include <cstdint>
 #include <map>
+#include <set>
 #include <memory>
 #include <string>
 #include <unordered_map>
@@ -61,6 +62,10 @@ class pytq_kv_policy {
     // (head_dim == -1).
     void add_hadamard(std::unordered_map<int64_t, std::vector<float>> & table, char kv, int32_t head_dim) const;
 
+    // The rotation of that order in the memory of the device that holds all layers, or nullptr if that is the host or
+    // there are several: the graph then takes it as an input, which is copied to the device for every batch.
+    ggml_tensor * device_rotation(char kv, int order, const std::vector<float> & matrix);
+
     // Whether cached keys can be moved to other positions (context shift): a pytq block must be the whole roped vector.
     bool can_shift(const llama_hparams & hparams) const;
 
@@ -93,6 +98,8 @@ class pytq_kv_policy {
     std::vector<pending> wanted;
     std::map<uint32_t, pytq_k_transform> transforms;
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> buffers;
+    std::set<ggml_backend_buffer_type_t> layer_bufts;
+    std::map<int, ggml_tensor *> rotations; // by order
 };
 
 // Graph nodes: q [d, n_head, n_tokens] and k [d, n_head_kv, n_tokens] into the stored space, by the transform t, or by

@@ -9,7 +9,7 @@
 
 #include "cuda/attention-portable.cuh"
 #include "cuda/decode-values.cuh"
-#include "cuda/encode.cuh"
+#include "cuda/encode-launch.cuh"
 
 namespace pytq {
 alignas(16) thread_local char encode_smem[65536];

@@ -23,7 +23,7 @@ SOURCE = """
 #include "attention-decode.cuh"
 #include "decode-values.cuh"
 #include "encode.cuh"
-template __global__ void pytq::attention_decode<{k}, {v}, false>(const pytq::decode_params);
+template __global__ void pytq::attention_decode<{k}, {v}, false>(const PYTQ_GRID_CONSTANT pytq::decode_params);
 template __global__ void pytq::encode<{code}, {bits}, 32, 128>(const PYTQ_GRID_CONSTANT pytq::encode_job);
 template __global__ void pytq::encode<1, {bits}, 8, 0>(const PYTQ_GRID_CONSTANT pytq::encode_job);
 template __global__ void pytq::decode_slice<{k}>(const pytq::slice_params);

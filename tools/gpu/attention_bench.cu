@@ -7,6 +7,7 @@
 // Prints one JSON object per line; exit code 1 if a check fails.
 #include "../../csrc/cuda/attention-launch.cuh"
 #include "../../csrc/cuda/decode-values.cuh"
+#include "../../csrc/cuda/encode-launch.cuh"
 #include "../../csrc/pytq.h"
 #include "bench.cuh"
 
@@ -25,17 +26,33 @@ struct attention {
     float softcap;
     bool permuted;  // [d, n_kv, n_head] in memory instead of [d, n_head, n_kv]
     int extras = 0; // 1: sinks and rotated output, 2: ALiBi
+    int fresh = -1; // the newest token, which is not in the cache yet; 1 with extras: rotated queries too
 };
 
 static bool dependent = true; // programmatic dependent launch
+
+// One row of n_head vectors into a cache of rows of nb1 bytes.
+static pytq::encode_params write(int type, const float * src, const long long * row, int n_head, long long nb1,
+                                 bool rotate) {
+    const pytq_type_info * t = pytq_type_get(type);
+    pytq::encode_params p = {};
+    p.src = (const char *) src, p.rows = (const char *) row, p.row_bytes = 8, p.rows_nb0 = 8;
+    p.src_nb1 = 4LL * t->head_dim * n_head, p.dst_nb1 = nb1;
+    p.n1 = p.n2 = p.n3 = p.ne11 = p.ne12 = 1, p.blocks_per_row = n_head, p.l = pytq::layout_of(t);
+    p.hadamard = rotate ? 1 / sqrtf((float) t->head_dim) : 0.0f;
+    return p;
+}
 
 template <int KT, int VT> struct runner {
     attention a;
     float *part = nullptr, *out = nullptr, *sinks = nullptr;
     float2 * meta = nullptr;
+    float *fresh_k = nullptr, *fresh_v = nullptr;
+    long long * fresh_row = nullptr;
     pytq::decode_params p = {};
     pytq::decode_plan plan;
 
+    static constexpr long long fresh_first = 1000; // row of token 0
     void setup(const attention & a_, int sms) {
         using K = pytq::type<KT>;
         using V = pytq::type<VT>;
@@ -51,7 +68,7 @@ template <int KT, int VT> struct runner {
         const int n_head = a.n_head_kv * a.gqa;
         p.rotate = a.extras == 1 && (K::d & (K::d - 1)) == 0, p.max_bias = a.extras == 2 ? 8.0f : 0.0f;
         p.n_head_log2 = 1 << (int) floorf(log2f((float) n_head));
-        p.m0 = powf(2.0f, -p.max_bias / p.n_head_log2), p.m1 = powf(2.0f, -p.max_bias / 2.0f / p.n_head_log2);
+        p.slope_log2[0] = -p.max_bias / p.n_head_log2, p.slope_log2[1] = -p.max_bias / 2.0f / p.n_head_log2;
         if (a.extras == 1) {
             std::vector<float> s(n_head);
             for (int h = 0; h < n_head; h++) {
@@ -60,6 +77,17 @@ template <int KT, int VT> struct runner {
             CHECK(cudaMalloc(&sinks, 4 * n_head));
             CHECK(cudaMemcpy(sinks, s.data(), 4 * n_head, cudaMemcpyHostToDevice));
             p.sinks = sinks;
+        }
+        if (a.fresh >= 0) {
+            fresh_k = upload(gaussian((size_t) a.n_head_kv * K::d, 11, 1.5f));
+            fresh_v = upload(gaussian((size_t) a.n_head_kv * K::d, 12));
+            fresh_row = upload(std::vector<long long>(1, fresh_first + a.fresh));
+            p.fresh.present = true, p.fresh.first_row = fresh_first;
+            for (int i = 0; i < 2; i++) {
+                p.fresh.write[i] =
+                    write(i ? VT : KT, i ? fresh_v : fresh_k, fresh_row, a.n_head_kv, i ? p.v_nb1 : p.k_nb1, p.rotate);
+            }
+            p.rotate_query = p.rotate;
         }
         pytq::decode_device device;
         CHECK(pytq::decode_device_of(0, true, device));
@@ -75,12 +103,21 @@ template <int KT, int VT> struct runner {
         CHECK(cudaMemset(out, 0xff, n_out * 4));
         p.part = part, p.meta = meta, p.dst = (char *) out;
     }
+    // k, v: token 0 of the cache, which the newest token is written to as well
     void run(const float * q, const char * k, const char * v, const char * mask, cudaStream_t s) {
+        for (int i = 0; i < 2 && p.fresh.present; i++) {
+            p.fresh.write[i].dst = (char *) (i ? v : k) - p.fresh.first_row * p.fresh.write[i].dst_nb1;
+        }
         p.q = (const char *) q, p.k = k, p.v = v, p.mask = mask;
         p.mask_vectors = ((uintptr_t) p.mask | (uintptr_t) p.mask_nb1) % 16 == 0 && p.n_kv % 8 == 0;
         CHECK((pytq::decode_launch<KT, VT>(p, plan, dependent, s)));
     }
-    void free_all() { cudaFree(part), cudaFree(meta), cudaFree(out), cudaFree(sinks); }
+    void free_all() {
+        for (void * m : {(void *) part, (void *) meta, (void *) out, (void *) sinks, (void *) fresh_k, (void *) fresh_v,
+                         (void *) fresh_row}) {
+            cudaFree(m);
+        }
+    }
 };
 
 // n_vec blocks of a type: vectors of a pool that csrc/ref encoded, in a scattered order.
@@ -98,6 +135,17 @@ static std::vector<uint8_t> blocks_of(const pytq_type_info * t, size_t n_vec, un
         memcpy(&out[i * t->block_bytes], &pool[(i * 2654435761u >> 7) % POOL * t->block_bytes], t->block_bytes);
     }
     return out;
+}
+
+// x times the Walsh matrix in natural order over the root of its order.
+static std::vector<double> walsh(const std::vector<double> & x) {
+    std::vector<double> y(x.size(), 0.0);
+    for (size_t c = 0; c < x.size(); c++) {
+        for (size_t b = 0; b < x.size(); b++) {
+            y[c] += (__builtin_popcountll(b & c) & 1 ? -x[b] : x[b]) / sqrt((double) x.size());
+        }
+    }
+    return y;
 }
 
 template <int KT, int VT> static void check_attention(const char * name, attention a, bool with_mask, int sms) {
@@ -132,7 +180,34 @@ template <int KT, int VT> static void check_attention(const char * name, attenti
     CHECK(cudaMemcpy(out.data(), r.out, out.size() * 4, cudaMemcpyDeviceToHost));
     double err = 0, ref2 = 0;
     int bad = 0, bad_at = -1;
-    std::vector<float> x(d);
+    if (a.fresh >= 0 && !a.permuted) { // the encoder's blocks did their part
+        for (int i = 0; i < 2; i++) {
+            const pytq_type_info * t = i ? tv : tk;
+            const size_t row_bytes = (size_t) t->block_bytes * a.n_head_kv;
+            std::vector<uint8_t> got(row_bytes), want(row_bytes);
+            CHECK(cudaMemcpy(got.data(), (i ? dvq : dkq) + a.fresh * row_bytes, row_bytes, cudaMemcpyDeviceToHost));
+            std::vector<float> x = gaussian((size_t) a.n_head_kv * d, 11 + i, i ? 1.0f : 1.5f);
+            if (r.p.rotate) { // sums in the kernel's order differ in the last bit: compare values
+                for (int h = 0; h < a.n_head_kv; h++) {
+                    const std::vector<double> w =
+                        walsh(std::vector<double>(x.begin() + h * d, x.begin() + (h + 1) * d));
+                    std::copy(w.begin(), w.end(), x.begin() + h * d);
+                }
+            }
+            pytq_quantize_ref(t, x.data(), want.data(), (int64_t) x.size());
+            std::vector<float> gv(x.size()), wv(x.size());
+            pytq_dequantize_ref(t, got.data(), gv.data(), (int64_t) x.size());
+            pytq_dequantize_ref(t, want.data(), wv.data(), (int64_t) x.size());
+            double e2 = 0, w2 = 0;
+            for (size_t c = 0; c < x.size(); c++) {
+                e2 += (gv[c] - wv[c]) * (gv[c] - wv[c]), w2 += wv[c] * wv[c];
+            }
+            bad += !(e2 < 1e-3 * w2);
+            failed |= !(e2 < 1e-3 * w2);
+        }
+    }
+    const std::vector<float> fk = gaussian((size_t) a.n_head_kv * d, 11, 1.5f),
+                             fv = gaussian((size_t) a.n_head_kv * d, 12);
     for (int h = 0; h < a.n_head_kv; h += a.n_kv > 4096 ? 3 : 1) {
         std::vector<float> kd((size_t) a.n_kv * d), vd(kd.size());
         for (int t = 0; t < a.n_kv; t++) {
@@ -143,12 +218,16 @@ template <int KT, int VT> static void check_attention(const char * name, attenti
         for (int row = 0; row < n_rows; row++) {
             const int head = h * a.gqa + row % a.gqa, iq = row / a.gqa;
             const float * qv = &q[((size_t) head * a.n_q + iq) * d];
+            std::vector<double> turned(qv, qv + d); // as the cache's keys are
+            if (r.p.rotate_query) {
+                turned = walsh(turned);
+            }
             std::vector<double> s(a.n_kv);
             double top = -1e300, sum = 0;
             for (int t = 0; t < a.n_kv; t++) {
                 double dot = 0;
                 for (int c = 0; c < d; c++) {
-                    dot += (double) qv[c] * kd[(size_t) t * d + c];
+                    dot += t == a.fresh ? (double) qv[c] * fk[(size_t) h * d + c] : turned[c] * kd[(size_t) t * d + c];
                 }
                 dot /= sqrt((double) d);
                 if (a.softcap > 0) {
@@ -170,18 +249,15 @@ template <int KT, int VT> static void check_attention(const char * name, attenti
             for (int t = 0; t < a.n_kv; t++) {
                 const double w = exp(s[t] - top);
                 sum += w;
-                for (int c = 0; c < d; c++) {
+                for (int c = 0; c < d && t != a.fresh; c++) {
                     o[c] += w * vd[(size_t) t * d + c];
                 }
             }
             if (r.p.rotate) {
-                std::vector<double> w(d, 0.0);
-                for (int c = 0; c < d; c++) {
-                    for (int b = 0; b < d; b++) {
-                        w[c] += (__builtin_popcount(b & c) & 1 ? -o[b] : o[b]) / sqrt((double) d);
-                    }
-                }
-                o = w;
+                o = walsh(o);
+            }
+            for (int c = 0; c < d && a.fresh >= 0; c++) {
+                o[c] += exp(s[a.fresh] - top) * fv[(size_t) h * d + c];
             }
             for (int c = 0; c < d; c++) {
                 const double e = out[((size_t) iq * a.n_head_kv * a.gqa + head) * d + c] - (sum > 0 ? o[c] / sum : 0.0);
@@ -196,9 +272,10 @@ template <int KT, int VT> static void check_attention(const char * name, attenti
     const bool ok = rel < 2e-3;
     failed |= !ok;
     printf("{\"check\": \"attention\", \"types\": \"%s\", \"n_kv\": %d, \"n_head_kv\": %d, \"gqa\": %d, \"n_q\": %d, "
-           "\"mask\": %d, \"softcap\": %g, \"permuted\": %d, \"extras\": %d, \"splits\": %d, \"cluster\": %d, "
+           "\"mask\": %d, \"softcap\": %g, \"permuted\": %d, \"extras\": %d, \"fresh\": %d, \"splits\": %d, "
+           "\"cluster\": %d, "
            "\"rel_err\": %.3g, \"bad\": %d, \"bad_at\": %d, \"ok\": %s}\n",
-           name, a.n_kv, a.n_head_kv, a.gqa, a.n_q, with_mask, a.softcap, a.permuted, a.extras, r.p.n_splits,
+           name, a.n_kv, a.n_head_kv, a.gqa, a.n_q, with_mask, a.softcap, a.permuted, a.extras, a.fresh, r.p.n_splits,
            r.p.cluster, rel, bad, bad_at, ok ? "true" : "false");
     r.free_all();
     cudaFree(dq), cudaFree(dkq), cudaFree(dvq), cudaFree(dm);
@@ -266,6 +343,83 @@ template <int KT, int VT> static void time_attention(const char * name, attentio
     cudaFree(q), cudaFree(k), cudaFree(v), cudaFree(mask);
 }
 
+// One layer as the backend runs it. fresh: one launch for the encoder and attention; otherwise one that encodes and
+// rotates the queries, then attention.
+template <int KT, int VT> static void time_layer(const char * name, int n_kv, int sms, bool fresh) {
+    using K = pytq::type<KT>;
+    using V = pytq::type<VT>;
+    const int n_head_kv = 8, gqa = 4, d = K::d;
+    if (!pytq::encode_same_kernel(pytq::layout_of(pytq_type_get(KT)), pytq::layout_of(pytq_type_get(VT)))) {
+        return; // two launches
+    }
+    const size_t n_vec = (size_t) n_kv * n_head_kv;
+    const int sets =
+        (int) std::min<size_t>(24, std::max<size_t>(4, (size_t) 400e6 / (n_vec * (K::block_bytes + V::block_bytes))));
+    float *q = upload(gaussian((size_t) gqa * n_head_kv * d, 1, 2.0f)),
+          *turned = upload(gaussian((size_t) gqa * n_head_kv * d, 1));
+    const size_t ks = (n_vec * K::block_bytes + 255) / 256 * 256, vs = (n_vec * V::block_bytes + 255) / 256 * 256;
+    char *k, *v;
+    CHECK(cudaMalloc(&k, sets * ks + 256));
+    CHECK(cudaMalloc(&v, sets * vs + 256));
+    const std::vector<uint8_t> kb = blocks_of(pytq_type_get(KT), n_vec, 2), vb = blocks_of(pytq_type_get(VT), n_vec, 3);
+    for (int s = 0; s < sets; s++) {
+        CHECK(cudaMemcpy(k + s * ks, kb.data(), kb.size(), cudaMemcpyHostToDevice));
+        CHECK(cudaMemcpy(v + s * vs, vb.data(), vb.size(), cudaMemcpyHostToDevice));
+    }
+    uint16_t * mask = upload(std::vector<uint16_t>(n_kv, 0));
+    runner<KT, VT> r;
+    r.setup({n_kv, n_head_kv, gqa, 1, 0, false, 1, fresh ? n_kv - 1 : -1}, sms);
+    float *fk = upload(gaussian((size_t) n_head_kv * d, 11)), *fv = upload(gaussian((size_t) n_head_kv * d, 12));
+    long long * row = upload(std::vector<long long>(1, runner<KT, VT>::fresh_first + n_kv - 1));
+    cudaStream_t st;
+    CHECK(cudaStreamCreate(&st));
+    const auto encode = [&](char * kd, char * vd) {
+        pytq::encode_job job = {};
+        for (int i = 0; i < 2; i++) {
+            const long long nb1 = (long long) pytq_type_get(i ? VT : KT)->block_bytes * n_head_kv;
+            job.p[i] = write(i ? VT : KT, i ? fv : fk, row, n_head_kv, nb1, true);
+            job.p[i].dst = (i ? vd : kd) - runner<KT, VT>::fresh_first * nb1;
+        }
+        job.rotate = {q, turned, gqa * n_head_kv, d, 1 / sqrtf((float) d)};
+        const pytq::encode_launch run(job, n_head_kv, n_head_kv, false);
+        CHECK((pytq::decode_launch_one(run.kernel, dim3(run.blocks), run.threads, run.shared_bytes, 1, dependent, st,
+                                       job)));
+    };
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    CHECK(cudaStreamBeginCapture(st, cudaStreamCaptureModeGlobal));
+    for (int s = 0; s < sets; s++) {
+        if (!fresh) {
+            encode(k + s * ks, v + s * vs);
+        }
+        r.run(fresh ? q : turned, k + s * ks, v + s * vs, (char *) mask, st);
+    }
+    CHECK(cudaStreamEndCapture(st, &graph));
+    CHECK(cudaGraphInstantiate(&exec, graph, 0));
+    cudaEvent_t e0, e1;
+    CHECK(cudaEventCreate(&e0));
+    CHECK(cudaEventCreate(&e1));
+    std::vector<double> all;
+    for (int i = 0; i < 12; i++) {
+        float ms;
+        CHECK(cudaEventRecord(e0, st));
+        CHECK(cudaGraphLaunch(exec, st));
+        CHECK(cudaEventRecord(e1, st));
+        CHECK(cudaEventSynchronize(e1));
+        CHECK(cudaEventElapsedTime(&ms, e0, e1));
+        all.push_back(1e3 * ms / sets);
+    }
+    std::sort(all.begin(), all.end());
+    printf("{\"time\": \"layer\", \"types\": \"%s\", \"n_kv\": %d, \"fresh\": %d, \"us\": %.2f, \"splits\": %d}\n",
+           name, n_kv, fresh, all[all.size() / 2], r.p.n_splits);
+    fflush(stdout);
+    r.free_all();
+    for (void * m :
+         {(void *) q, (void *) turned, (void *) k, (void *) v, (void *) mask, (void *) fk, (void *) fv, (void *) row}) {
+        cudaFree(m);
+    }
+}
+
 // f16 slices against the reference.
 template <int ID> static void check_slice(const char * name, int n_tok, int n_head) {
     using T = pytq::type<ID>;
@@ -322,17 +476,19 @@ constexpr int id_of(int family, int slot) {
 // Pairs (name, type of K, type of V): the first list is timed, both are checked.
 #define TIMED(X)                                                                                                       \
     X("kv3/kv3", ID(kv3, 4), ID(kv3, 4))                                                                               \
-    X("kv4/kv4", ID(kv4, 4), ID(kv4, 4)) X("turbo3/turbo3", ID(turbo3, 4), ID(turbo3, 4))                              \
-        X("turbo4/turbo4", ID(turbo4, 4), ID(turbo4, 4)) X("kv3s/kv3", ID(kv3s, 4), ID(kv3, 4))
+    X("kv4/kv4", ID(kv4, 4), ID(kv4, 4))                                                                               \
+    X("turbo3/turbo3", ID(turbo3, 4), ID(turbo3, 4))                                                                   \
+    X("turbo4/turbo4", ID(turbo4, 4), ID(turbo4, 4)) X("kv3s/kv3", ID(kv3s, 4), ID(kv3, 4))
 #ifdef MORE
 #define CHECKED(X)                                                                                                     \
     X("kv4/kv2", ID(kv4, 4), ID(kv2, 4))                                                                               \
-    X("kv5/kv5", ID(kv5, 4), ID(kv5, 4)) X("turbo2/turbo2", ID(turbo2, 4), ID(turbo2, 4))                              \
-        X("kv2s/kv2", ID(kv2s, 4), ID(kv2, 4)) X("kv4s/kv4", ID(kv4s, 4), ID(kv4, 4))                                  \
-            X("kv3s/kv3 d64", ID(kv3s, 1), ID(kv3, 1)) X("kv4s/kv4 d64", ID(kv4s, 1), ID(kv4, 1))                      \
-                X("kv3/kv3 d64", ID(kv3, 1), ID(kv3, 1)) X("kv3/kv3 d80", ID(kv3, 2), ID(kv3, 2))                      \
-                    X("kv4/kv4 d96", ID(kv4, 3), ID(kv4, 3)) X("kv3/kv3 d192", ID(kv3, 5), ID(kv3, 5))                 \
-                        X("kv4/kv4 d256", ID(kv4, 6), ID(kv4, 6))
+    X("kv5/kv5", ID(kv5, 4), ID(kv5, 4))                                                                               \
+    X("turbo2/turbo2", ID(turbo2, 4), ID(turbo2, 4))                                                                   \
+    X("kv2s/kv2", ID(kv2s, 4), ID(kv2, 4))                                                                             \
+    X("kv4s/kv4", ID(kv4s, 4), ID(kv4, 4)) X("kv3s/kv3 d64", ID(kv3s, 1), ID(kv3, 1))                                  \
+        X("kv4s/kv4 d64", ID(kv4s, 1), ID(kv4, 1)) X("kv3/kv3 d64", ID(kv3, 1), ID(kv3, 1))                            \
+            X("kv3/kv3 d80", ID(kv3, 2), ID(kv3, 2)) X("kv4/kv4 d96", ID(kv4, 3), ID(kv4, 3))                          \
+                X("kv3/kv3 d192", ID(kv3, 5), ID(kv3, 5)) X("kv4/kv4 d256", ID(kv4, 6), ID(kv4, 6))
 #else
 #define CHECKED(X)
 #endif
@@ -356,6 +512,9 @@ int main(int argc, char ** argv) {
                                                           {77, 3, 1, 1, 30.0f, false},
                                                           {1, 1, 8, 2, 0, false, 1},
                                                           {2000, 1, 4, 1, 0, false},
+                                                          {500, 8, 4, 1, 0, false, 1, 255},
+                                                          {3000, 2, 5, 1, 20.0f, false, 2, 2999},
+                                                          {700, 8, 1, 1, 0, false, 0, 0},
                                                           {600, 32, 1, 5, 0, false}}) {
             if (small && (a.n_head_kv > 8 || a.n_kv > 1000)) {
                 continue;
@@ -369,6 +528,7 @@ int main(int argc, char ** argv) {
         if (!small) {
             for (int m = 0; m < 2; m++) { // several tiles per team
                 check_attention<ID(kv3, 4), ID(kv3, 4)>("kv3/kv3", {65536, 8, 4, 1, 0, false}, m, sms);
+                check_attention<ID(kv3, 4), ID(kv3, 4)>("kv3/kv3", {65700, 8, 4, 1, 0, false, 1, 65600}, m, sms);
                 check_attention<ID(turbo4, 4), ID(turbo4, 4)>("turbo4/turbo4", {65536 - 17, 8, 4, 1, 0, false}, m, sms);
                 check_attention<ID(kv4, 4), ID(kv4, 4)>("kv4/kv4", {20001, 2, 4, 1, 0, true, 1}, m, 3);
             }
@@ -389,6 +549,9 @@ int main(int argc, char ** argv) {
         for (int n : sizes.empty() ? std::vector<int>{65536, 16384, 512} : sizes) {
             const attention a = {n, 8, 4, 1, 0, false};
 #define X(name, kt, vt) time_attention<kt, vt>(name, a, sms, gbs);
+            TIMED(X)
+#undef X
+#define X(name, kt, vt) time_layer<kt, vt>(name, n, sms, false), time_layer<kt, vt>(name, n, sms, true);
             TIMED(X)
 #undef X
         }

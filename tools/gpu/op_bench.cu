@@ -4,7 +4,7 @@
 //   op_bench time     the encoder, few and many vectors
 // Prints one JSON object per line; exit code 1 if a check fails. Attention has its own: attention_bench.cu.
 #include "../../csrc/cuda/decode-values.cuh"
-#include "../../csrc/cuda/encode.cuh"
+#include "../../csrc/cuda/encode-launch.cuh"
 #include "../../csrc/pytq.h"
 #include "bench.cuh"
 
