@@ -55,8 +55,8 @@ template <class K, class V, int STAGES_> struct prefill_shape {
 
     static constexpr int warp_tokens = TILE / decoders, items = warp_tokens / tile_lanes<K>::tokens;
     static_assert(items * tile_lanes<K>::tokens == warp_tokens, "whole warps");
-    // columns: entries of the list that may be in use anywhere between finders and multipliers
-    static constexpr int raw_stages = 3, list = 4, columns = 16;
+    // list: tiles between the finders and the slowest multiplier
+    static constexpr int raw_stages = 3, list = 8;
     static constexpr int k_pitch = raw_pitch<K>(), v_pitch = raw_pitch<V>();
     static constexpr int warp_raw = warp_tokens * (k_pitch + v_pitch);
     static constexpr int raw_bytes = decoders * warp_raw; // of a stage
@@ -71,7 +71,7 @@ template <class K, class V, int STAGES_> struct prefill_shape {
     static constexpr int v_at = k_at + STAGES * tile_bytes;
     static constexpr int raw_at = v_at + STAGES * tile_bytes;
     static constexpr int columns_at = raw_at + raw_stages * raw_bytes;
-    static constexpr int barriers_at = columns_at + columns * column_bytes;
+    static constexpr int barriers_at = columns_at + list * column_bytes;
     // (keys of a tile are complete only after the values of the tile before, so values need no barrier of their own)
     static constexpr int listed = 0, taken = listed + list, k_full = taken + list, k_empty = k_full + STAGES,
                          v_empty = k_empty + STAGES, n_barriers = v_empty + STAGES;
@@ -141,16 +141,13 @@ template <class K, class V, class S> PYTQ_DEV void prefill_find_tiles(const pref
     const char * const k_scales = p.k + b.seq * p.k_nb3 + b.head_kv * p.k_nb2;
     const char * const v_scales = p.v + b.seq * p.v_nb3 + b.head_kv * p.v_nb2;
     int n = 0; // entries that all warps have passed on
-    const auto column = [&](int i) { return b.offset + S::columns_at + i % S::columns * S::column_bytes; };
+    const auto column = [&](int i) { return b.offset + S::columns_at + i % S::list * S::column_bytes; };
     const auto wait_for_place = [&](int i) { phase_wait(b.barrier(S::taken + i % S::list), (i / S::list & 1) ^ 1); };
     const auto pass_on = [&](int i, int entry) {
         if (lane == 0) {
             *(int *) (decode_smem + column(i) + S::column_entry) = entry;
         }
-        __syncwarp();
-        if (lane == 0) {
-            phase_arrive(b.barrier(S::listed + i % S::list));
-        }
+        phase_arrive(b.barrier(S::listed + i % S::list));
     };
 #pragma unroll 1
     for (int first = b.tile_begin, turn = 0; first < b.tile_end; first += 4, turn ^= 4) {
@@ -290,19 +287,14 @@ template <class K, class V, class S> PYTQ_DEV void prefill_decode(const prefill_
     }
     const uint32_t bias = own_register(0x01010101u - 1u, zero);
 
-    int fetched = 0, fetch_stage = 0, column = b.offset + S::columns_at + S::column_values + 4 * TW * warp, n = 0;
+    int fetched = 0, fetch_stage = 0;
     bool ended = false;
     const auto fetch = [&]() { // the next entry's bytes; returns the entry
         int entry = -1;
         if (!ended) {
             const int i = fetched % S::list;
             phase_wait(b.barrier(S::listed + i), fetched / S::list & 1);
-            entry = *(const int *) (decode_smem + b.offset + S::columns_at + fetched % S::columns * S::column_bytes +
-                                    S::column_entry);
-            __syncwarp();
-            if (lane == 0) {
-                phase_arrive(b.barrier(S::taken + i));
-            }
+            entry = *(const int *) (decode_smem + b.offset + S::columns_at + i * S::column_bytes + S::column_entry);
             ended = entry < 0;
             if (!ended) {
                 const int tile = entry >> 1, n_tok = p.n_kv - tile * S::TILE - TW * warp;
@@ -315,16 +307,21 @@ template <class K, class V, class S> PYTQ_DEV void prefill_decode(const prefill_
         copies_commit();
         return entry;
     };
-    const auto pass_on = [&](int barrier) {
-        publish_to_wgmma();
+    const auto leave = [&](int barrier) {
         __syncwarp();
         if (lane == 0) {
             phase_arrive(b.barrier(barrier));
         }
     };
+    const auto pass_on = [&](int barrier) {
+        publish_to_wgmma();
+        leave(barrier);
+    };
+    // factors of this warp's values
+    const int values = b.offset + S::columns_at + S::column_values + 4 * TW * warp;
 
     int entry = fetch(), next = fetch();
-    int stage = 0, phase = 1, raw_stage = 0;
+    int stage = 0, phase = 1, raw_stage = 0, place = 0;
     copies_wait<1>();
     __syncwarp();
     if (entry >= 0) {
@@ -335,8 +332,9 @@ template <class K, class V, class S> PYTQ_DEV void prefill_decode(const prefill_
     while (entry >= 0) {
         phase_wait(b.barrier(S::k_empty + stage), phase);
         k_words.decode(k_table, p.hidden, bias, unit_at, stage * S::tile_bytes, lane);
-        v_words.load(raw_stage, column + n % S::columns * S::column_bytes, lane);
-        n++;
+        v_words.load(raw_stage, values + place * S::column_bytes, lane);
+        leave(S::taken + place);
+        place = (place + 1) % S::list;
         pass_on(S::k_full + stage);
         phase_wait(b.barrier(S::v_empty + stage), phase);
         v_words.decode(v_table, p.hidden, bias, unit_at, stage * S::tile_bytes + S::v_at - S::k_at, lane);
@@ -529,7 +527,7 @@ PYTQ_DEV void prefill_multiply(const prefill_block<S> & b, int group, int warp, 
         }
     };
     // The first turn adds products of weights 0 with keys instead of values, since there are no values before it.
-    int stage = 0, phase = 0, column = b.offset + S::columns_at;
+    int stage = 0, phase = 0, place = 0, list_phase = 0;
     swizzled_operand values(b.base + S::k_at, TILE * 128);
     bool first = true;
 #pragma unroll
@@ -538,17 +536,20 @@ PYTQ_DEV void prefill_multiply(const prefill_block<S> & b, int group, int warp, 
     }
 #pragma unroll 1
     for (;;) {
-        phase_wait(b.barrier(S::k_full + stage), phase);
+        const int column = b.offset + S::columns_at + place * S::column_bytes;
+        phase_wait(b.barrier(S::listed + place), list_phase);
         const int entry = *(const int *) (decode_smem + column + S::column_entry);
         if (entry < 0) {
             break;
         }
         load_factors(column);
+        phase_wait(b.barrier(S::k_full + stage), phase);
         logits(stage);
         output(values);
         wgmma_wait<1>();
         pin(s);
         leave(S::k_empty + stage);
+        leave(S::taken + place);
         const bool grew = softmax(entry);
         wgmma_wait<0>();
         pin(o);
@@ -567,10 +568,12 @@ PYTQ_DEV void prefill_multiply(const prefill_block<S> & b, int group, int warp, 
         if (++stage == S::STAGES) {
             stage = 0, phase ^= 1;
         }
-        column = column == b.offset + S::columns_at + (S::columns - 1) * S::column_bytes ? b.offset + S::columns_at
-                                                                                         : column + S::column_bytes;
+        if (++place == S::list) {
+            place = 0, list_phase ^= 1;
+        }
     }
     if (!first) {
+        phase_wait(b.barrier(S::k_full + stage), phase);
         output(values);
         wgmma_wait<0>();
         pin(o);
@@ -642,7 +645,10 @@ __global__ void __launch_bounds__(prefill_shape<type<KT>, type<VT>, STAGES>::thr
                           p.mask ? p.mask + (p.n_seq_mask == 1 ? 0 : seq % p.n_seq_mask) * p.mask_nb3 : nullptr};
     if (threadIdx.x == 0) {
         for (int i = 0; i < S::n_barriers; i++) {
-            phase_init(b.barrier(i), i < S::taken ? 1 : i < S::k_empty ? S::decoders : 8);
+            phase_init(b.barrier(i), i < S::taken     ? 32
+                                     : i < S::k_full  ? S::decoders + 8
+                                     : i < S::k_empty ? S::decoders
+                                                      : 8);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }

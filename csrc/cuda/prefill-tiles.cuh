@@ -99,12 +99,12 @@ template <class T> PYTQ_HD constexpr int raw_pitch() {
     return ((T::block_bytes + 15 + 15) / 16 | 1) * 16;
 }
 
-// Planes of this lane's 32 coordinates. at: byte of the first word of plane 0 rounded down to 4, shift: bits beyond it.
-// Reads one word past the block's last, which the pitch has room for.
-template <class T> PYTQ_DEV void tile_planes(int at, uint32_t shift, uint32_t * plane) {
+// Planes of this lane's 32 coordinates, which begin `shift` bits after the words at `at` and end in those at `next`.
+// (The same where the shift is 0: the word behind the last may be another block's, on its way.)
+template <class T> PYTQ_DEV void tile_planes(int at, int next, uint32_t shift, uint32_t * plane) {
 #pragma unroll
     for (int b = 0; b < T::bits; b++) {
-        plane[b] = shift_pair(shared_word(at + b * (T::d / 8)), shared_word(at + b * (T::d / 8) + 4), shift);
+        plane[b] = shift_pair(shared_word(at + b * (T::d / 8)), shared_word(next + b * (T::d / 8)), shift);
     }
 }
 
@@ -121,7 +121,7 @@ PYTQ_DEV uint32_t from_lane(uint32_t x, int lane) {
 template <class T, int TOKENS, bool SCALED> struct tile_words {
     using L = tile_lanes<T>;
     static constexpr int n = TOKENS / L::tokens;
-    int at[n]; // in the first raw stage
+    int at[n], next[n]; // in the first raw stage
     uint32_t shift[n];
     uint32_t plane[n][T::bits], factor[n];
 
@@ -132,13 +132,14 @@ template <class T, int TOKENS, bool SCALED> struct tile_words {
             // a tile's tokens times any stride keep the alignment to 16 bytes, so this holds for all tiles
             const int lead = (int) ((uintptr_t) (base + t * nb1) & 15) + T::data_off;
             at[i] = raw + t * raw_pitch<T>() + ((lead & ~3) + 4 * L::word(lane)), shift[i] = 8 * (lead & 3);
+            next[i] = at[i] + (shift[i] ? 4 : 0);
         }
     }
     // factors: where those of the warp's tokens lie
     PYTQ_DEV void load(int stage, int factors, int lane) {
 #pragma unroll
         for (int i = 0; i < n; i++) {
-            tile_planes<T>(at[i] + stage, shift[i], plane[i]);
+            tile_planes<T>(at[i] + stage, next[i] + stage, shift[i], plane[i]);
             factor[i] = SCALED ? shared_word(factors + 4 * (i * L::tokens + L::token(lane))) : 0u;
         }
     }
