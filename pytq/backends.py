@@ -5,6 +5,7 @@ Read from the tables that the backends themselves use, so the page made of it (d
     csrc/types.def                       families and head sizes; CPU kernels exist for all rows
     csrc/ggml/pytq-cuda-ops.def          operations of CUDA and HIP; head sizes of the portable attention
     csrc/ggml/pytq-cuda-decode-*.cu      pairs of types of CUDA's tensor-core attention
+    csrc/ggml/pytq-prefill*              pairs and head sizes of CUDA's prefill attention (compute capability 9.0)
     csrc/ggml/pytq-metal-ops.def         operations of Metal
 """
 
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pytq import paths
-from pytq.codec.table import load_types
+from pytq.codec.table import FAMILY_STRIDE, load_types
 from pytq.errors import PytqError
 
 BACKENDS = ("cpu", "cuda", "hip", "metal")
@@ -48,6 +49,12 @@ CHECKS = (
         "cpu", "executed under emulation", "NEON and AVX2 tiers by qemu", "tests/kernels/test_cpu_tiers.py"
     ),
     Check("cuda", "compiled", "sm_90a, within register budgets", "tests/kernels/test_cuda_build.py"),
+    Check(
+        "cuda",
+        "executed under a shim",
+        "the decoder of the prefill kernel, on the CPU",
+        "tests/kernels/test_cuda_prefill.py",
+    ),
     Check("cuda", "measured on hardware", "one H100: docs/performance-cuda.md", "tools/gpu/full_run.sh"),
     Check(
         "hip", "compiled", "code objects for gfx90a, gfx942, gfx1100 and gfx1201", "tests/hip/test_objects.py"
@@ -130,20 +137,33 @@ def portable_head_dims() -> set[int]:
     return {int(dim) for dim in found}
 
 
-def tensor_core_pairs() -> set[tuple[str, str, int]]:
-    """(K, V, head_dim) of CUDA's tensor-core kernel as built by default."""
-    directory = paths.source_root() / "csrc" / "ggml"
+def _pairs(files: str, dims: list[int]) -> set[tuple[str, str, int]]:
+    """(K, V, head_dim) that the files of a kernel name: own values for dims, further ones for 128."""
     pairs = set()
-    for path in directory.glob("pytq-cuda-decode-*.cu"):
+    for path in (paths.source_root() / "csrc" / "ggml").glob(files):
         text = path.read_text()
         key = re.search(r"^#define PYTQ_K\s+(\w+)$", text, flags=re.MULTILINE)
         if key is None:
             raise PytqError(f"{path} names no family of keys")
         own = re.search(r"^#define PYTQ_OWN_V\s+(\w+)$", text, flags=re.MULTILINE)
         more = re.search(r"^#define PYTQ_EXTRA_V\(X\)\s+(.*)$", text, flags=re.MULTILINE)
-        pairs |= {(key[1], (own or key)[1], dim) for dim in head_dims()}
+        pairs |= {(key[1], (own or key)[1], dim) for dim in dims}
         pairs |= {(key[1], value, 128) for value in re.findall(r"X\((\w+)\)", more[1] if more else "")}
     return pairs
+
+
+def tensor_core_pairs() -> set[tuple[str, str, int]]:
+    """(K, V, head_dim) of CUDA's tensor-core kernel as built by default."""
+    return _pairs("pytq-cuda-decode-*.cu", head_dims())
+
+
+def prefill_pairs() -> set[tuple[str, str, int]]:
+    """(K, V, head_dim) of CUDA's prefill kernel, which runs on compute capability 9.0 only."""
+    listed = re.search(r"PYTQ_PREFILL_SLOTS\(X\)(.*)", _text("pytq-prefill.h"))
+    slots = {int(slot) for slot in re.findall(r"X\((\d)\)", listed[1] if listed else "")}
+    return _pairs(
+        "pytq-prefill-*.cu", sorted({row.head_dim for row in load_types() if row.id % FAMILY_STRIDE in slots})
+    )
 
 
 def plain_ok(name: str, dim: int) -> bool:
@@ -154,7 +174,7 @@ def plain_ok(name: str, dim: int) -> bool:
 def rows() -> Iterator[Row]:
     """The parity table, one row per operation, types and head size."""
     known = {backend: {op.name: op for op in operations(backend)} for backend in BACKENDS if backend != "cpu"}
-    pairs, portable = tensor_core_pairs(), portable_head_dims()
+    pairs, prefill, portable = tensor_core_pairs(), prefill_pairs(), portable_head_dims()
 
     def attention(backend: str, k: str, v: str, dim: int, few_rows: bool) -> str:
         if backend == "cpu":
@@ -164,7 +184,7 @@ def rows() -> Iterator[Row]:
         if backend == "hip":
             return FUSED if dim in portable else REFUSED
         if backend == "cuda":
-            return FUSED if few_rows and (k, v, dim) in pairs else GENERIC
+            return FUSED if (k, v, dim) in (pairs if few_rows else prefill) else GENERIC
         return known[backend]["FLASH_ATTN_EXT"].kind
 
     for name in ("SET_ROWS", "GET_ROWS", "CPY", "DUP", "CONT"):

@@ -32,8 +32,9 @@ only moves bytes. **refused**: the backend's `supports_op` says no, and ggml's s
 "all" stands for every family or head size of `csrc/types.def`: {families}; {dims}. Rows with equal entries are one line.
 """
 NOTES = """
-CUDA's tensor-core attention is for up to 32 query rows per KV head; larger batches (prefill) and other pairs are decoded to f16 in
-slices of the sequence. On CUDA a soft-cap with head sizes 64, 80 and 96 is refused, and so are devices older than Ampere.
+CUDA's tensor-core attention is for up to 32 query rows per KV head. Its fused prefill is for devices of compute capability 9.0 (H100,
+H200); on others, and for other pairs, the cache is decoded to f16 in slices of the sequence. On CUDA a
+soft-cap with head sizes 64, 80 and 96 is refused, and so are devices older than Ampere.
 HIP has one kernel for both: integer dot products, rows of queries in tiles of 1, 4 or 8, and no f16 copy of the cache at all.
 It uses no matrix cores (MFMA, WMMA): prefill there is slower than it could be. In no place does a backend fall back silently:
 `pytq doctor --full` and `llama-bench` show which device ran.

@@ -26,8 +26,9 @@ cudaError_t PYTQ_CAT(pytq_prefill_, PYTQ_K)(int k_type, int v_type, const pytq::
     if (k_type == id_of(k, slot) && v_type == id_of(v, slot)) {                                                        \
         return run<id_of(k, slot), id_of(v, slot)>(p, device, stream);                                                 \
     }
-    PYTQ_PAIR(PYTQ_INDEX(PYTQ_K), PYTQ_INDEX(PYTQ_K), 1)
-    PYTQ_PAIR(PYTQ_INDEX(PYTQ_K), PYTQ_INDEX(PYTQ_K), 4)
+#define PYTQ_OWN(slot) PYTQ_PAIR(PYTQ_INDEX(PYTQ_K), PYTQ_INDEX(PYTQ_K), slot)
+    PYTQ_PREFILL_SLOTS(PYTQ_OWN)
+#undef PYTQ_OWN
 #ifdef PYTQ_EXTRA_V
 #define PYTQ_V(name) PYTQ_PAIR(PYTQ_INDEX(PYTQ_K), PYTQ_INDEX(name), 4)
     PYTQ_EXTRA_V(PYTQ_V)

@@ -4,8 +4,10 @@
 
 #include "cuda/attention-prefill.cuh"
 
-// Families of keys. Values of the same family at head sizes 64 and 128; each file names further ones.
+// Families of keys, and the slots (head sizes) for which there are values of the same family; each file names further
+// ones. Read by pytq/backends.py.
 #define PYTQ_PREFILL_FAMILIES(X) X(turbo2) X(turbo3) X(turbo4) X(kv2) X(kv3) X(kv4) X(kv5)
+#define PYTQ_PREFILL_SLOTS(X)    X(1) X(4)
 
 // Runs attention for keys of this family; cudaErrorInvalidDeviceFunction if there is no instance for the types. p null:
 // only tell.

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from pytq import backends
 from pytq.codec.table import load_types
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,27 +34,14 @@ def families() -> set[str]:
     return set(re.findall(r"X\((\w+)\)", listed[1]))
 
 
-def pairs(prefix: str) -> set[tuple[str, str]]:
-    """Pairs of families (K, V) of head size 128 that the files of a kernel name."""
-    found = set()
-    for file in GGML.glob(f"{prefix}-*.cu"):
-        text = file.read_text()
-        k = re.search(r"define PYTQ_K +(\w+)", text)
-        assert k, file
-        own = re.search(r"define PYTQ_OWN_V +(\w+)", text)
-        extra = re.search(r"define PYTQ_EXTRA_V\(X\) (.*)", text)
-        values = {own[1] if own else k[1], *(re.findall(r"X\((\w+)\)", extra[1]) if extra else [])}
-        found |= {(k[1], v) for v in values}
-    return found
-
-
 def test_every_family_of_the_dispatch_has_its_file() -> None:
-    assert {k for k, _ in pairs("pytq-prefill")} == families()
+    assert {k for k, _, _ in backends.prefill_pairs()} == families()
+    assert {dim for _, _, dim in backends.prefill_pairs()} == set(HEAD_DIMS)
 
 
 def test_the_decode_kernel_takes_every_pair_of_the_prefill_kernel() -> None:
     """Small and large batches over one cache stay on fused kernels."""
-    assert pairs("pytq-prefill") <= pairs("pytq-cuda-decode")
+    assert backends.prefill_pairs() <= backends.tensor_core_pairs()
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
