@@ -2,19 +2,17 @@
 // shared memory as f16 and read there by wgmma; no copy of the cache exists anywhere else.
 //
 //   grid     (splits of the sequence, tiles of 128 query rows, KV heads x sequences); a row is a pair (query, query
-//   head
-//            of the KV head), so all rows of a block share what is decoded
-//   block    2 warpgroups of 64 rows each that multiply, warps that decode, 4 warps that find tiles with anything
-//   visible tile     64 tokens. The finders read the mask ahead of everyone and pass on tiles that some row sees, with
-//   a flag if
-//            some value of the mask is not 0. Decoders fetch their own tokens' bytes two tiles ahead and write keys
-//            and values as levels (prefill-tiles.cuh). Per warpgroup and tile j, with products in the background:
+//            head of the KV head), so all rows of a block share what is decoded
+//   block    2 warpgroups of 64 rows each that multiply, 4 warps that decode, 4 that find tiles with anything visible
+//   tile     64 tokens. Finders read the mask ahead of everyone and pass on tiles that some row sees, with a flag if
+//            some value of the mask is not 0 and with the tokens' scales. Decoders fetch their own tokens' bytes two
+//            tiles ahead and write tiles of keys and values (prefill-tiles.cuh). Per warpgroup and tile j, with
+//            products in the background:
 //              S = Q K(j)     O += P V(j - 1)     softmax of S while O grows     P = S
-//   scales   of a token's key: factor of a column of S. Of its value: log2 of it is added to the column, so weights
-//   come
-//            with the scale in them; the sum takes it out again. Weights in f16 are relative to a recent maximum of
-//            their row, at most 2^8 of it: the accumulators are rescaled only when a row's maximum grew by more than
-//            that
+//   scales   a key's is the factor of a column of S, a value's is in the tile. Weights in f16 are relative to a recent
+//            maximum of their row, at most 2^8 of it: accumulators are rescaled only when a maximum grew by more
+//   memory   shared memory that one warp writes for others by ordinary stores is handed over by a barrier at which
+//            every lane arrives (listed, taken); tiles for wgmma are fenced by every lane and announced by one
 //   splits   only where row tiles and heads do not fill the GPU; attention_prefill_join adds them
 #pragma once
 
@@ -333,7 +331,7 @@ template <class K, class V, class S> PYTQ_DEV void prefill_decode(const prefill_
         phase_wait(b.barrier(S::k_empty + stage), phase);
         k_words.decode(k_table, p.hidden, bias, unit_at, stage * S::tile_bytes, lane);
         v_words.load(raw_stage, values + place * S::column_bytes, lane);
-        leave(S::taken + place);
+        phase_arrive(b.barrier(S::taken + place));
         place = (place + 1) % S::list;
         pass_on(S::k_full + stage);
         phase_wait(b.barrier(S::v_empty + stage), phase);
@@ -549,7 +547,7 @@ PYTQ_DEV void prefill_multiply(const prefill_block<S> & b, int group, int warp, 
         wgmma_wait<1>();
         pin(s);
         leave(S::k_empty + stage);
-        leave(S::taken + place);
+        phase_arrive(b.barrier(S::taken + place));
         const bool grew = softmax(entry);
         wgmma_wait<0>();
         pin(o);
@@ -646,7 +644,7 @@ __global__ void __launch_bounds__(prefill_shape<type<KT>, type<VT>, STAGES>::thr
     if (threadIdx.x == 0) {
         for (int i = 0; i < S::n_barriers; i++) {
             phase_init(b.barrier(i), i < S::taken     ? 32
-                                     : i < S::k_full  ? S::decoders + 8
+                                     : i < S::k_full  ? 32 * (S::decoders + 8)
                                      : i < S::k_empty ? S::decoders
                                                       : 8);
         }

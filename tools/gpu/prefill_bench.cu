@@ -298,12 +298,16 @@ constexpr int id_of(int family, int slot) {
     X("kv2/kv2", ID(kv2, 4), ID(kv2, 4))                                                                               \
     X("kv5/kv5", ID(kv5, 4), ID(kv5, 4))                                                                               \
     X("turbo2/turbo2", ID(turbo2, 4), ID(turbo2, 4))                                                                   \
-    X("kv4/kv3", ID(kv4, 4), ID(kv3, 4)) X("kv4/kv2", ID(kv4, 4), ID(kv2, 4)) X("kv5/kv4", ID(kv5, 4), ID(kv4, 4))     \
-        X("kv5/kv3", ID(kv5, 4), ID(kv3, 4)) X("kv2/kv2 d64", ID(kv2, 1), ID(kv2, 1))                                  \
-            X("kv3/kv3 d64", ID(kv3, 1), ID(kv3, 1)) X("kv4/kv4 d64", ID(kv4, 1), ID(kv4, 1))                          \
-                X("kv5/kv5 d64", ID(kv5, 1), ID(kv5, 1)) X("turbo2/turbo2 d64", ID(turbo2, 1), ID(turbo2, 1))          \
-                    X("turbo3/turbo3 d64", ID(turbo3, 1), ID(turbo3, 1))                                               \
-                        X("turbo4/turbo4 d64", ID(turbo4, 1), ID(turbo4, 1))
+    X("kv4/kv3", ID(kv4, 4), ID(kv3, 4))                                                                               \
+    X("kv4/kv2", ID(kv4, 4), ID(kv2, 4))                                                                               \
+    X("kv5/kv4", ID(kv5, 4), ID(kv4, 4))                                                                               \
+    X("kv5/kv3", ID(kv5, 4), ID(kv3, 4))                                                                               \
+    X("kv2/kv2 d64", ID(kv2, 1), ID(kv2, 1))                                                                           \
+    X("kv3/kv3 d64", ID(kv3, 1), ID(kv3, 1))                                                                           \
+    X("kv4/kv4 d64", ID(kv4, 1), ID(kv4, 1))                                                                           \
+    X("kv5/kv5 d64", ID(kv5, 1), ID(kv5, 1))                                                                           \
+    X("turbo2/turbo2 d64", ID(turbo2, 1), ID(turbo2, 1))                                                               \
+    X("turbo3/turbo3 d64", ID(turbo3, 1), ID(turbo3, 1)) X("turbo4/turbo4 d64", ID(turbo4, 1), ID(turbo4, 1))
 #else
 #define TIMED(X) X("kv3/kv3", ID(kv3, 4), ID(kv3, 4)) X("turbo4/turbo4", ID(turbo4, 4), ID(turbo4, 4))
 #define CHECKED(X)
