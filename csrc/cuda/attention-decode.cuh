@@ -30,8 +30,10 @@ namespace pytq {
 // those of attention, which leave its row of the cache alone and add the token at the end, like a sink with a value: so
 // attention does not wait for the encoder, and a layer is one launch.
 struct decode_fresh {
-    encode_params write[2]; // keys in the basis of q as passed, values in that of the result; n_head_kv vectors each
-    long long first_row;    // row of token 0 of the sequence
+    // keys in the basis of q as passed, values in that of the result; n_head_kv vectors each, or 0 blocks_per_row if
+    // somebody else encodes them
+    encode_params write[2];
+    long long first_row;             // row of token 0 of the sequence
     int vectors_per_block, n_blocks; // set by decode_prepare()
     bool present;                    // else every token is in the cache
 };
@@ -58,13 +60,13 @@ struct decode_params {
     bool mask_vectors; // mask rows may be copied 16 bytes at a time
     bool rotate;       // multiply the result by the Walsh matrix of order d over sqrt(d)
     bool rotate_query; // and the query
-    decode_fresh fresh;
     float scale, softcap, max_bias;
     float slope_log2[2]; // log2 of the bases of ALiBi's slopes: heads below n_head_log2, and the others
     float row_scale; // logits before the soft-cap in units of it, else in units of log2; per step of the fixed-point
                      // query
     int n_head_log2;
     hidden_constants hidden;
+    decode_fresh fresh; // last: what every block needs shares few lines of the constant bank
 };
 
 constexpr int decode_tile = 64; // tokens per warp and tile
@@ -703,8 +705,6 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1)
         load_values(tile_begin);
     }
 #endif
-    grid_trigger();
-
     // Query: 4 rows in 16-bit fixed point through shared memory; high bytes are columns 0..3, low bytes 4..7.
     uint32_t qb[QW];
     float row_factor[2]; // of rows 2 (j & 1) + {0, 1}: logits in units of log2
@@ -1073,6 +1073,8 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1)
 
     // Join the two halves of the fixed point; afterwards each lane has an eighth of the dims of one row, which goes to
     // shared memory: [warp][row][dim], then (top, sum) [warp][row].
+    // Not before: blocks of the kernels behind would come to this multiprocessor and take turns and instruction memory.
+    grid_trigger();
     __syncthreads(); // the tiles are done with
     // from here on lane numbers are computed anew: kept since before the loop, they would cost registers inside it
     const int tid_ = (int) opaque(threadIdx.x), lane_ = tid_ & 31, warp_ = tid_ >> 5, g_ = lane_ >> 2, j_ = lane_ & 3;

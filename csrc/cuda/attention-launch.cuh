@@ -40,7 +40,8 @@ cudaError_t decode_prepare(decode_params & p, decode_plan & plan, const decode_d
     decode_fresh & f = p.fresh;
     const int vector_bytes = encode_parts(type<KT>::d, 32).bytes;
     f.n_blocks = f.vectors_per_block = 0;
-    if (f.present) { // blocks of attention leave nothing of their multiprocessor to others
+    if (f.present &&
+        f.write[0].blocks_per_row > 0) { // blocks of attention leave nothing of their multiprocessor to others
         f.vectors_per_block = std::min({8, p.heads_per_block * p.warps_per_head, d.shared_bytes / vector_bytes});
         f.n_blocks = (2 * p.n_head_kv + f.vectors_per_block - 1) / f.vectors_per_block;
     }

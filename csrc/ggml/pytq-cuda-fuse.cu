@@ -26,7 +26,7 @@ bool pytq_cuda_is_left_out(const ggml_cgraph * graph, int i) {
     return false;
 }
 
-void pytq_cuda_graph_optimize(const ggml_cgraph * graph, const ggml_backend_graph_optimize_params * params) {
+void pytq_cuda_graph_optimize(ggml_cgraph * graph, const ggml_backend_graph_optimize_params * params) {
     if (!pytq_cuda_fusion_enabled()) {
         return;
     }
@@ -37,6 +37,7 @@ void pytq_cuda_graph_optimize(const ggml_cgraph * graph, const ggml_backend_grap
             const pytq_fresh_token f = pytq_find_fresh_token(graph, w);
             pytq_keep_operands(graph, w, params);
             if (f.attention >= 0) {
+                pytq_move_values_down(graph, w, f, i);
                 pytq_keep_operands(graph, f, params);
             }
             i = w.last;

@@ -22,6 +22,8 @@
 #include <algorithm>
 #include <climits>
 #include <cstdlib>
+#include <mutex>
+#include <unordered_map>
 #include <vector>
 
 static bool is_compressed(const ggml_tensor * t) {
@@ -50,6 +52,11 @@ static void encode(ggml_backend_cuda_context & ctx, const pytq::encode_params & 
     GGML_ASSERT(n + n2 + job.rotate.n < INT_MAX);
     const pytq::encode_launch run(job, n, n2, n + n2 > pytq::encode_wide_from);
     GGML_ASSERT(run.kernel);
+    if (ctx.curr_stream_no != 0) { // behind an event, not behind a kernel
+        run.kernel<<<run.blocks, run.threads, run.shared_bytes, ctx.stream()>>>(job);
+        CUDA_CHECK(cudaGetLastError());
+        return;
+    }
     ggml_cuda_kernel_launch(run.kernel, {dim3(run.blocks), dim3(run.threads), run.shared_bytes, ctx.stream()}, job);
 }
 
@@ -574,11 +581,58 @@ static void few_rows_into(ggml_backend_cuda_context & ctx, const ggml_tensor * n
     GGML_ASSERT(few_rows_kernel(&ctx, &out, fresh, false));
 }
 
+#if !defined(GGML_USE_HIP)
+// The writes of a token run on a stream of their own from the node in front of attention to node `join`, so that
+// attention and what follows it need not wait for the encoder.
+struct side_stream {
+    cudaEvent_t begin = nullptr, done = nullptr;
+    int join = -1; // node of the graph in progress
+};
+
+static side_stream & side_of(ggml_backend_cuda_context & ctx) {
+    static std::mutex mutex;
+    static std::unordered_map<const ggml_backend_cuda_context *, side_stream> sides;
+    std::lock_guard<std::mutex> lock(mutex);
+    return sides[&ctx]; // (references into this map stay valid)
+}
+
+static void write_beside(ggml_backend_cuda_context & ctx, side_stream & side, const pytq_cache_writes & w, int join) {
+    ggml_cuda_set_device(ctx.device);
+    if (!side.begin) {
+        CUDA_CHECK(cudaEventCreateWithFlags(&side.begin, cudaEventDisableTiming));
+        CUDA_CHECK(cudaEventCreateWithFlags(&side.done, cudaEventDisableTiming));
+    }
+    constexpr int other = 1;
+    cudaStream_t stream = ctx.stream(ctx.device, other);
+    CUDA_CHECK(cudaEventRecord(side.begin, ctx.stream()));
+    CUDA_CHECK(cudaStreamWaitEvent(stream, side.begin, 0));
+    const int before = ctx.curr_stream_no;
+    ctx.curr_stream_no = other;
+    pytq_cache_writes only = w;
+    only.queries = nullptr; // attention rotates them
+    set_rows(ctx, only);
+    ctx.curr_stream_no = before;
+    CUDA_CHECK(cudaEventRecord(side.done, stream));
+    side.join = join;
+}
+
+static void join_side(ggml_backend_cuda_context & ctx, side_stream & side, int i) {
+    if (side.join >= 0 && i >= side.join) {
+        CUDA_CHECK(cudaStreamWaitEvent(ctx.stream(), side.done, 0));
+        side.join = -1;
+    }
+}
+#endif
+
 int pytq_cuda_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i) {
     ggml_tensor * node = graph->nodes[i];
     if (!ctx.stream_context().concurrent_events.empty()) {
         return 0; // nodes of several streams: each runs where it stands
     }
+#if !defined(GGML_USE_HIP)
+    side_stream & side = side_of(ctx);
+    join_side(ctx, side, i);
+#endif
     switch (node->op) {
         case GGML_OP_MUL_MAT:
             return pytq_cuda_is_left_out(graph, i) ? 1 : 0;
@@ -593,8 +647,12 @@ int pytq_cuda_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * grap
                     return w.last - i + 1;
                 }
 #if !defined(GGML_USE_HIP)
-                const pytq_cuda_fresh fresh = {set_rows_params(w.write[f.keys]), set_rows_params(w.write[1 - f.keys]),
-                                               f.first_row, f.turned};
+                pytq_cuda_fresh fresh = {set_rows_params(w.write[f.keys]), set_rows_params(w.write[1 - f.keys]),
+                                         f.first_row, f.turned};
+                if (f.join >= 0) {
+                    write_beside(ctx, side, w, f.join);
+                    fresh.keys.blocks_per_row = fresh.values.blocks_per_row = 0;
+                }
                 few_rows_into(ctx, graph->nodes[f.attention], graph->nodes[f.last], f.turned ? f.q : nullptr, &fresh);
                 return f.last - i + 1;
 #endif

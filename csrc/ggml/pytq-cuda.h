@@ -16,5 +16,5 @@ bool pytq_cuda_compute(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 // later pattern, 0 if none.
 int pytq_cuda_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i);
 
-// Keeps the operands of those patterns allocated.
-void pytq_cuda_graph_optimize(const ggml_cgraph * graph, const ggml_backend_graph_optimize_params * params);
+// Keeps the operands of those patterns allocated, and puts nodes into the order that overlaps best.
+void pytq_cuda_graph_optimize(ggml_cgraph * graph, const ggml_backend_graph_optimize_params * params);

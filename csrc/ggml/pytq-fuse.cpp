@@ -2,6 +2,8 @@
 
 #include "pytq.h"
 
+#include <algorithm>
+
 static bool is_view(const ggml_tensor * t) {
     return t->op == GGML_OP_RESHAPE || t->op == GGML_OP_VIEW || t->op == GGML_OP_PERMUTE || t->op == GGML_OP_TRANSPOSE;
 }
@@ -168,7 +170,7 @@ static bool writes_one_token_of(const pytq_cache_write & w, const ggml_tensor * 
 }
 
 pytq_fresh_token pytq_find_fresh_token(const ggml_cgraph * graph, const pytq_cache_writes & w) {
-    pytq_fresh_token f = {-1, -1, false, nullptr, nullptr, nullptr, nullptr, 0, 0};
+    pytq_fresh_token f = {-1, -1, false, nullptr, nullptr, nullptr, nullptr, -1, 0, 0};
     int i = w.last + 1;
     while (i < graph->n_nodes && does_nothing(graph->nodes[i])) {
         i++;
@@ -201,6 +203,7 @@ pytq_fresh_token pytq_find_fresh_token(const ggml_cgraph * graph, const pytq_cac
          turned ? wk.rotation->src[1] : wk.set_rows->src[0],
          turned ? wv.rotation->src[1] : wv.set_rows->src[0],
          rows_k,
+         -1,
          of_k,
          first};
     for (const ggml_tensor * t : {f.q, f.k, f.v, f.rows}) { // read until the result is stored
@@ -208,7 +211,53 @@ pytq_fresh_token pytq_find_fresh_token(const ggml_cgraph * graph, const pytq_cac
             f.attention = -1;
         }
     }
+    // the second product behind attention: by then even the slowest encoder is done
+    int products = 0;
+    for (int j = f.last + 1; j < graph->n_nodes && products < 2; j++) {
+        const ggml_tensor * t = graph->nodes[j];
+        products += t->op == GGML_OP_MUL_MAT || t->op == GGML_OP_MUL_MAT_ID;
+        if (pytq_is_cache_write(t)) {
+            break;
+        }
+        if (products == 2) {
+            f.join = j;
+        }
+    }
+    for (int j = i; j < f.join; j++) {
+        const ggml_tensor * t = graph->nodes[j];
+        if (!does_nothing(t) && (overlap(t, f.k) || overlap(t, f.v) || overlap(t, f.rows))) {
+            f.join = -1;
+        }
+    }
     return f;
+}
+
+bool pytq_move_values_down(ggml_cgraph * graph, const pytq_cache_writes & w, const pytq_fresh_token & f, int i) {
+    int rope = i - 1;
+    while (rope >= 0 && (does_nothing(graph->nodes[rope]) || w.leaves_out(graph->nodes[rope]))) {
+        rope--;
+    }
+    const ggml_tensor * product = behind_views(f.v);
+    const int from = index_before(graph, product, rope);
+    if (rope < 0 || graph->nodes[rope]->op != GGML_OP_ROPE || from < 0 || product->op != GGML_OP_MUL_MAT) {
+        return false;
+    }
+    // with it go its views and its rotation
+    const auto moves = [&](const ggml_tensor * t) {
+        const ggml_tensor * root = behind_views(t);
+        return root == product ||
+               (root && w.leaves_out(root) && root != w.queries && behind_views(root->src[1]) == product);
+    };
+    for (int j = from; j <= rope; j++) {
+        for (const ggml_tensor * src : graph->nodes[j]->src) {
+            if (src && !moves(graph->nodes[j]) && moves(src)) {
+                return false;
+            }
+        }
+    }
+    std::stable_partition(graph->nodes + from, graph->nodes + rope + 1,
+                          [&](const ggml_tensor * t) { return !moves(t); });
+    return true;
 }
 
 void pytq_keep_operands(const ggml_cgraph * graph, const pytq_cache_writes & w,
@@ -231,6 +280,6 @@ void pytq_keep_operands(const ggml_cgraph * graph, int i, int r, const ggml_back
 void pytq_keep_operands(const ggml_cgraph * graph, const pytq_fresh_token & f,
                         const ggml_backend_graph_optimize_params * params) {
     for (ggml_tensor * t : {f.q, f.k, f.v, f.rows}) {
-        params->add_alloc_dep(params->user_data, t, graph->nodes[f.last]);
+        params->add_alloc_dep(params->user_data, t, graph->nodes[t != f.q && f.join >= 0 ? f.join : f.last]);
     }
 }

@@ -44,15 +44,21 @@ struct pytq_fresh_token {
     int last;      // that node, or the one that only rotates its result and is done with it
     bool turned;   // queries, keys and values below are those before the products by the Hadamard matrix
     ggml_tensor *q, *k, *v, *rows;
-    int keys;          // which of the writes is that of the keys
+    int join; // first node that may use what the writes' operands lie in: until then the cache may be written, or -1
+    int keys; // which of the writes is that of the keys
     int64_t first_row; // row of the cache where the sequence begins
 };
 
 // Whether attention behind the writes w of graph may run before they are done.
 pytq_fresh_token pytq_find_fresh_token(const ggml_cgraph * graph, const pytq_cache_writes & w);
 
+// Moves the product that yields the values behind the rope of the keys if that is the last thing done before the writes
+// w, which begin at node i. What writes and attends to the cache is launched while the node in front of it runs, and a
+// product runs longer than a rope. To be called before memory is allocated.
+bool pytq_move_values_down(ggml_cgraph * graph, const pytq_cache_writes & w, const pytq_fresh_token & f, int i);
+
 // Asks the allocator to keep what these patterns read: of the writes, of attention at node i rotated by node r, of
-// attention beside the writes.
+// attention beside the writes (which may take until f.join).
 void pytq_keep_operands(const ggml_cgraph * graph, const pytq_cache_writes & w,
                         const ggml_backend_graph_optimize_params * params);
 void pytq_keep_operands(const ggml_cgraph * graph, int i, int r, const ggml_backend_graph_optimize_params * params);
