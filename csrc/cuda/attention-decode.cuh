@@ -22,20 +22,18 @@
 #pragma once
 
 #include "attention-levels.cuh"
-#include "encode.cuh"
 
 namespace pytq {
 
-// The newest token of a sequence that grows by one, as it was before compression. Blocks of their own encode it beside
-// those of attention, which leave its row of the cache alone and add the token at the end, like a sink with a value: so
-// attention does not wait for the encoder, and a layer is one launch.
+// The newest token of a sequence that grows by one, as it was before compression. While another kernel encodes it,
+// attention leaves its row of the cache alone and adds the token at the end, like a sink with a value, and so waits for
+// no encoder.
 struct decode_fresh {
-    // keys in the basis of q as passed, values in that of the result; n_head_kv vectors each, or 0 blocks_per_row if
-    // somebody else encodes them
-    encode_params write[2];
-    long long first_row;             // row of token 0 of the sequence
-    int vectors_per_block, n_blocks; // set by decode_prepare()
-    bool present;                    // else every token is in the cache
+    const float * k;  // [d, n_head_kv] in the basis of q as passed; null: every token is in the cache
+    const float * v;  // [d, n_head_kv] in the basis of the result
+    const void * row; // its row number in the cache, 4 or 8 bytes
+    int row_bytes;
+    long long first_row; // row of token 0 of the sequence
 };
 
 struct decode_params {
@@ -400,21 +398,23 @@ template <int D> PYTQ_DEV void load_row(const float * src, int lane, float * v) 
 }
 
 PYTQ_DEV int fresh_token(const decode_params & p) {
-    return (int) ((p.fresh.write[0].row_bytes == 8 ? *(const long long *) p.fresh.write[0].rows
-                                                   : *(const int *) p.fresh.write[0].rows) -
-                  p.fresh.first_row);
+    const long long row = p.fresh.row_bytes == 8 ? *(const long long *) p.fresh.row : *(const int *) p.fresh.row;
+    return (int) (row - p.fresh.first_row);
 }
 
-// What the newest token adds to one output row: its logit in units of log2 and its value.
+// What the newest token adds to one output row: its logit in units of log2 and its value. Loading and reckoning are
+// apart, so that the way to memory can be hidden.
 template <int D> struct fresh_part {
-    float logit = -INFINITY, v[(D + 31) / 32];
-    PYTQ_DEV void load(const decode_params & p, int head_kv, int row, int lane) {
-        constexpr int N = (D + 31) / 32;
-        float q[N], k[N], dot = 0.0f;
+    static constexpr int N = (D + 31) / 32;
+    float logit = -INFINITY, q[N], k[N], v[N], bias;
+    PYTQ_DEV void load(const decode_params & p, int token, int head_kv, int row, int lane) {
         load_row<D>((const float *) (p.q + (head_kv * p.gqa + row) * p.q_nb2), lane, q);
-        load_row<D>((const float *) p.fresh.write[0].src + head_kv * D, lane, k);
-        load_row<D>((const float *) p.fresh.write[1].src + head_kv * D, lane, v);
-        const float bias = p.mask ? __half2float(((const __half *) p.mask)[fresh_token(p)]) : 0.0f;
+        load_row<D>(p.fresh.k + head_kv * D, lane, k);
+        load_row<D>(p.fresh.v + head_kv * D, lane, v);
+        bias = p.mask ? __half2float(((const __half *) p.mask)[token]) : 0.0f;
+    }
+    PYTQ_DEV void finish(const decode_params & p, int head_kv, int row) {
+        float dot = 0.0f;
 #pragma unroll
         for (int i = 0; i < N; i++) {
             dot = fmaf(q[i], k[i], dot);
@@ -439,7 +439,7 @@ PYTQ_DEV void store_row(const decode_params & p, int seq, int head_kv, int row, 
     constexpr int N = (D + 31) / 32;
     const int iq = (row * p.gqa_inverse) >> 16, head = head_kv * p.gqa + row - iq * p.gqa;
     float f = 1.0f, f_fresh = 0.0f;
-    if (p.fresh.present) {
+    if (p.fresh.k) {
         const float t = fmaxf(top, fresh.logit);
         f = exp2_fast(top - t), f_fresh = exp2_fast(fresh.logit - t);
         sum = fmaf(sum, f, f_fresh);
@@ -458,7 +458,7 @@ PYTQ_DEV void store_row(const decode_params & p, int seq, int head_kv, int row, 
             f *= walsh_factor<D>();
         }
     }
-    if (p.fresh.present) {
+    if (p.fresh.k) {
 #pragma unroll
         for (int i = 0; i < N; i++) {
             v[i] = fmaf(v[i], f, fresh.v[i] * f_fresh);
@@ -499,14 +499,6 @@ template <class T> struct key_tables<T, -1> {
     PYTQ_DEV void init(uint32_t) {}
 };
 
-// Encodes vector `item` of p by a warp, as the encoder's own kernel would. Out of line: beside it, attention's loop
-// would get fewer registers and be spread over more instruction memory (kv3 at 65536 tokens: 45 us instead of 40).
-template <int T> __device__ __noinline__ void encode_one(const encode_params & p, int item, int at, int lane) {
-    using X = type<T>;
-    constexpr int BITS = X::n_groups > 1 ? 0 : X::template group_bits<0>;
-    encode_vector<X::code, BITS, 32, X::d == 128 ? 128 : 0>(p, item, encode_smem + at, lane);
-}
-
 // A4: blocks keep their alignment to words from token to token, in K and in V.
 template <int KT, int VT, bool A4>
 __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1)
@@ -519,27 +511,12 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1)
     constexpr int VB = V::bits, VI = index_bits(V::code, VB), QW = query_words<K>(), MT = VS::tiles;
     constexpr float LOG2E = 1.44269504f, MAGIC = 12582912.0f; // 1.5 * 2^23: int32 sums below 2^22 read as floats
     constexpr int MAGIC_BITS = 0x4b400000;
-    // sub-tiles of keys at once: more would spill registers, fewer leave too little to do while a word is on its way
-    constexpr int key_unroll = 2;
+    // More values at once would spill registers, fewer keys leave too little to do while a word is on its way (kv4 at
+    // 16384 tokens: 21.8 us; 2 and 4: 23.3).
+    constexpr int key_unroll = 4, value_unroll = 2;
     const int magic4[4] = {MAGIC_BITS, MAGIC_BITS, MAGIC_BITS, MAGIC_BITS};
 
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, j = lane & 3;
-    if ((int) blockIdx.x >= p.n_splits) {
-        const int item = ((int) blockIdx.x - p.n_splits) * p.fresh.vectors_per_block + warp, n = p.n_head_kv;
-        grid_trigger();
-        grid_wait();
-        if (warp < p.fresh.vectors_per_block && blockIdx.y + blockIdx.z == 0) {
-            const int at = warp * encode_parts(D, 32).bytes;
-            if (KT == VT && item < 2 * n) { // the same code for both
-                encode_one<KT>(p.fresh.write[item >= n], item >= n ? item - n : item, at, lane);
-            } else if (item < n) {
-                encode_one<KT>(p.fresh.write[0], item, at, lane);
-            } else if (item < 2 * n) {
-                encode_one<VT>(p.fresh.write[1], item - n, at, lane);
-            }
-        }
-        return;
-    }
     const int seq = p.row_tiles == 1 ? blockIdx.z : blockIdx.z / p.row_tiles;
     const int row0 = (blockIdx.z - seq * p.row_tiles) * 4;
     const int all_slices = (warp * p.heads_inverse) >> 16, head_in = warp - all_slices * p.heads_per_block;
@@ -653,7 +630,8 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1)
 #ifdef PYTQ_BULK
     // Nothing but the newest token is written to the cache between the start of the graph and this kernel, so the first
     // tile may come before the kernels in front have ended (a mask that cannot be copied by the engine may not).
-    const bool early = p.fresh.present && (!mask || with_mask), first_loader = team_warp == 0 && tile_begin < tile_end;
+    const bool early = p.fresh.k != nullptr && (!mask || with_mask),
+               first_loader = team_warp == 0 && tile_begin < tile_end;
     if (early && first_loader) {
         __syncwarp();
         load_keys(tile_begin);
@@ -662,7 +640,7 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1)
 #endif
     grid_wait();                       // everything before this line overlaps with the kernels before
     if (team_warp == 0 && lane == 0) { // read after the block's barrier below
-        *(int *) (decode_smem + control_at + decode_fresh_at) = p.fresh.present ? fresh_token(p) : -1;
+        *(int *) (decode_smem + control_at + decode_fresh_at) = p.fresh.k ? fresh_token(p) : -1;
     }
 
     // The query is read first: behind the first tile of every block it would wait for all of them. Eight lanes per row.
@@ -1009,7 +987,7 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1)
             for (int m = 0; m < MT; m++) {
                 acc[m][0] = acc[m][1] = acc[m][2] = acc[m][3] = MAGIC_BITS;
             }
-#pragma unroll
+#pragma unroll(value_unroll)
             for (int quarter = 0; quarter < 4; quarter++) {
                 const uint32_t b0 = shared_word(scratch + 4 * (g * 20 + 4 * quarter + j));
                 uint32_t pair[2][VI]; // index planes of tokens (0, 2) and (1, 3): bytes A0 B0 A1 B1
@@ -1075,11 +1053,23 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1)
     // shared memory: [warp][row][dim], then (top, sum) [warp][row].
     // Not before: blocks of the kernels behind would come to this multiprocessor and take turns and instruction memory.
     grid_trigger();
+
+    // Each (head, row) of the cluster is joined by one warp, which also asks for the newest token now.
+    const int rank = p.cluster > 1 ? (int) cluster_rank() : 0, sources = p.cluster * p.teams * p.warps_per_head;
+    const int n_warps = p.teams * team_warps, first_unit = rank * n_warps + (int) (threadIdx.x >> 5);
+    fresh_part<D> fresh;
+    const auto with_fresh = [&](int unit) {
+        return p.fresh.k && p.n_parts == 1 && unit < 4 * p.heads_per_block && row0 + (unit & 3) < p.n_rows;
+    };
+    const auto load_fresh = [&](int unit, int l) {
+        fresh.load(p, *(const int *) (decode_smem + decode_fresh_at), blockIdx.y * p.heads_per_block + (unit >> 2),
+                   row0 + (unit & 3), l);
+    };
     __syncthreads(); // the tiles are done with
     // from here on lane numbers are computed anew: kept since before the loop, they would cost registers inside it
     const int tid_ = (int) opaque(threadIdx.x), lane_ = tid_ & 31, warp_ = tid_ >> 5, g_ = lane_ >> 2, j_ = lane_ & 3;
     constexpr int ROW = result_row<K>();
-    const int n_warps = p.teams * team_warps, meta_at = decode_buffers_at + n_warps * 4 * ROW * 4;
+    const int meta_at = decode_buffers_at + n_warps * 4 * ROW * 4;
     {
         constexpr float step = book<V::code, VB>::step();
         const int row = 2 * (j_ & 1) + (j_ >> 1);
@@ -1106,6 +1096,9 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1)
                 }
             }
         }
+        if (with_fresh(first_unit)) {
+            load_fresh(first_unit, lane_);
+        }
 #pragma unroll
         for (int rr = 0; rr < 2; rr++) {
 #pragma unroll
@@ -1119,22 +1112,16 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1)
             meta[1] = j_ < 2 ? sum[0] : sum[1];
         }
     }
-    // Each (head, row) of the cluster is joined by one warp.
-    const int rank = p.cluster > 1 ? (int) cluster_rank() : 0, sources = p.cluster * p.teams * p.warps_per_head;
-    const int first_unit = rank * n_warps + warp_;
-    fresh_part<D> fresh;
-    const auto load_fresh = [&](int unit) {
-        if (p.fresh.present && p.n_parts == 1 && unit < 4 * p.heads_per_block && row0 + (unit & 3) < p.n_rows) {
-            fresh.load(p, blockIdx.y * p.heads_per_block + (unit >> 2), row0 + (unit & 3), lane_);
-        }
-    };
-    load_fresh(first_unit);
+    if (with_fresh(first_unit)) {
+        fresh.finish(p, blockIdx.y * p.heads_per_block + (first_unit >> 2), row0 + (first_unit & 3));
+    }
     cluster_sync<true>(p.cluster);
 
     for (int unit = first_unit; unit < 4 * p.heads_per_block; unit += p.cluster * n_warps) {
         const int row = unit & 3, head = unit >> 2;
-        if (unit != first_unit) {
-            load_fresh(unit);
+        if (unit != first_unit && with_fresh(unit)) {
+            load_fresh(unit, lane_);
+            fresh.finish(p, blockIdx.y * p.heads_per_block + head, row0 + row);
         }
         if (row0 + row >= p.n_rows) {
             continue;
@@ -1222,8 +1209,9 @@ template <int D> __global__ void __launch_bounds__(32 * join_warps) attention_jo
     const long long at = (((long long) seq * p.n_head_kv + head_kv) * p.n_rows + row) * p.n_parts;
     grid_trigger();
     fresh_part<D> fresh;
-    if (p.fresh.present && warp == 0) { // written before the kernel that encodes the token began
-        fresh.load(p, head_kv, row, lane);
+    if (p.fresh.k && warp == 0) { // written before the kernel that encodes the token began
+        fresh.load(p, fresh_token(p), head_kv, row, lane);
+        fresh.finish(p, head_kv, row);
     }
     grid_wait();
 

@@ -37,17 +37,8 @@ cudaError_t decode_prepare(decode_params & p, decode_plan & plan, const decode_d
     const int team = decode_plan_shape<type<KT>, type<VT>>(p);
     plan.aligned = BOTH && p.k_slot % 4 == 0 && p.v_slot % 4 == 0;
     const int teams = decode_max_teams<type<KT>>() > 1 && decode_buffers_at + 2 * team <= d.shared_bytes ? 2 : 1;
-    decode_fresh & f = p.fresh;
-    const int vector_bytes = encode_parts(type<KT>::d, 32).bytes;
-    f.n_blocks = f.vectors_per_block = 0;
-    if (f.present &&
-        f.write[0].blocks_per_row > 0) { // blocks of attention leave nothing of their multiprocessor to others
-        f.vectors_per_block = std::min({8, p.heads_per_block * p.warps_per_head, d.shared_bytes / vector_bytes});
-        f.n_blocks = (2 * p.n_head_kv + f.vectors_per_block - 1) / f.vectors_per_block;
-    }
-    decode_plan_splits(p, std::max(1, d.n_sm - f.n_blocks), teams, d.few_cluster, d.many_cluster);
-    f.n_blocks = (f.n_blocks + p.cluster - 1) / p.cluster * p.cluster;
-    plan.shared_bytes = std::max(decode_buffers_at + p.teams * team, f.vectors_per_block * vector_bytes);
+    decode_plan_splits(p, d.n_sm, teams, d.few_cluster, d.many_cluster);
+    plan.shared_bytes = decode_buffers_at + p.teams * team;
     const auto kernel = plan.aligned ? attention_decode<KT, VT, BOTH> : attention_decode<KT, VT, false>;
     constexpr int MAX_DEVICES = 64;
     static int granted[2][MAX_DEVICES] = {};
@@ -86,7 +77,7 @@ cudaError_t decode_launch_one(void (*kernel)(P), dim3 grid, int threads, int sha
 
 template <int KT, int VT, bool BOTH = true>
 cudaError_t decode_launch(const decode_params & p, const decode_plan & plan, bool dependent, cudaStream_t stream) {
-    const dim3 grid((unsigned) (p.n_splits + p.fresh.n_blocks), (unsigned) (p.n_head_kv / p.heads_per_block),
+    const dim3 grid((unsigned) p.n_splits, (unsigned) (p.n_head_kv / p.heads_per_block),
                     (unsigned) (p.n_seq * p.row_tiles));
     const int threads = 32 * p.teams * p.heads_per_block * p.warps_per_head;
     cudaError_t e = decode_launch_one(plan.aligned ? attention_decode<KT, VT, BOTH> : attention_decode<KT, VT, false>,

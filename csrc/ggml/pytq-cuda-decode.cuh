@@ -50,8 +50,8 @@ bool run(ggml_backend_cuda_context * ctx, ggml_tensor * dst, const pytq_cuda_fre
     memcpy(&p.softcap, (const float *) dst->op_params + 2, sizeof(float));
     p.rotate = ggml_get_op_params_i32(dst, pytq_rotate_output_param) == 1;
     if (fresh) {
-        p.fresh.present = true, p.fresh.first_row = fresh->first_row;
-        p.fresh.write[0] = fresh->keys, p.fresh.write[1] = fresh->values;
+        p.fresh = {(const float *) fresh->k, (const float *) fresh->v, fresh->row, fresh->row_bytes,
+                   (long long) fresh->first_row};
         p.rotate_query = fresh->turned;
     }
     p.n_head_log2 = 1 << (int) floorf(log2f((float) q->ne[2]));

@@ -5,8 +5,6 @@
 
 #include "pytq.h"
 
-#include "cuda/encode.cuh"
-
 // Graph fusion (pytq-cuda.cu finds the pattern, PYTQ_CUDA_FUSE=0 switches it off). The rotations of keys, values *and
 // queries* run in the launch that writes the cache, so attention always sees rotated queries. The rotation of the
 // result is left to the kernel that joins the splits: the launcher then gets a copy of the node whose data is the
@@ -19,10 +17,10 @@ constexpr bool pytq_decode_rotates_output = true; // head sizes 64, 128, 256
 // instance for the values' type. check: only tell.
 #define PYTQ_DECODE_FAMILIES(X) X(turbo2) X(turbo3) X(turbo4) X(kv2) X(kv3) X(kv4) X(kv5) X(kv2s) X(kv3s) X(kv4s)
 
-// What the launcher of attention writes to the cache: the newest token's keys and values, which attention takes as they
-// were before (decode_fresh in cuda/attention-decode.cuh).
+// The newest token, which attention takes as it was before compression (decode_fresh in cuda/attention-decode.cuh).
 struct pytq_cuda_fresh {
-    pytq::encode_params keys, values;
+    const void *k, *v, *row;
+    int row_bytes;
     int64_t first_row;
     bool turned; // queries are still to be rotated
 };

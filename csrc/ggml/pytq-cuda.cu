@@ -641,18 +641,15 @@ int pytq_cuda_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * grap
                 const bool on = pytq_cuda_fusion_enabled();
                 const pytq_cache_writes w = pytq_find_cache_writes(graph, i, on);
                 const pytq_fresh_token f = pytq_find_fresh_token(graph, w);
-                if (!on || !pytq_decode_rotates_output || f.attention < 0 ||
+                if (!on || !pytq_decode_rotates_output || f.attention < 0 || f.join < 0 ||
                     !few_rows_kernel(nullptr, graph->nodes[f.attention], nullptr, true)) {
                     set_rows(ctx, w);
                     return w.last - i + 1;
                 }
 #if !defined(GGML_USE_HIP)
-                pytq_cuda_fresh fresh = {set_rows_params(w.write[f.keys]), set_rows_params(w.write[1 - f.keys]),
-                                         f.first_row, f.turned};
-                if (f.join >= 0) {
-                    write_beside(ctx, side, w, f.join);
-                    fresh.keys.blocks_per_row = fresh.values.blocks_per_row = 0;
-                }
+                write_beside(ctx, side, w, f.join);
+                const pytq_cuda_fresh fresh = {
+                    f.k->data, f.v->data, f.rows->data, f.rows->type == GGML_TYPE_I64 ? 8 : 4, f.first_row, f.turned};
                 few_rows_into(ctx, graph->nodes[f.attention], graph->nodes[f.last], f.turned ? f.q : nullptr, &fresh);
                 return f.last - i + 1;
 #endif

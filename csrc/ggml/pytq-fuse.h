@@ -44,8 +44,8 @@ struct pytq_fresh_token {
     int last;      // that node, or the one that only rotates its result and is done with it
     bool turned;   // queries, keys and values below are those before the products by the Hadamard matrix
     ggml_tensor *q, *k, *v, *rows;
-    int join; // first node that may use what the writes' operands lie in: until then the cache may be written, or -1
-    int keys; // which of the writes is that of the keys
+    int join;          // node until which the writes may take (their operands live as long), or -1 if there is none
+    int keys;          // which of the writes is that of the keys
     int64_t first_row; // row of the cache where the sequence begins
 };
 
