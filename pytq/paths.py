@@ -74,6 +74,10 @@ class BuildDir:
     lib: Path
     info: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
+    def has_library(self, stem: str) -> bool:
+        """Whether there is a library of this name, where llama.cpp's loader looks: beside libllama or the programs."""
+        return any((d / f"{stem}{end}").exists() for d in (self.lib, self.bin) for end in (".so", ".dylib"))
+
     def program(self, name: str) -> Path:
         """Path of one program, such as ``llama-bench``; PytqError when this build lacks it."""
         path = self.bin / name
@@ -107,10 +111,11 @@ def find_build(kind: Kind, backend: str = "cpu") -> BuildDir:
     """The build of ``kind`` that belongs to the present pin, series and ``csrc/``.
 
     ``PYTQ_STOCK_BUILD`` and ``PYTQ_PATCHED_BUILD`` name a build directory of one's own instead; they
-    are for work on llama.cpp itself, and nothing is checked about what is in it.
+    are for work on llama.cpp itself, and nothing is checked about what is in it but that it holds ``backend``.
 
     Raises:
-        PytqError: there is none, or only one of other sources; says which command makes it.
+        PytqError: there is none, or only one of other sources (says which command makes it); a named one without
+            the backend's library.
     """
     if kind not in KINDS:
         raise PytqError(f"unknown build kind {kind!r}: stock or patched")
@@ -123,6 +128,11 @@ def find_build(kind: Kind, backend: str = "cpu") -> BuildDir:
         if build is None:
             raise PytqError(
                 f"{variable}={named} holds no build: bin/llama-bench and {library_name()} are expected"
+            )
+        if backend != "cpu" and not build.has_library(f"libggml-{backend}"):
+            raise PytqError(
+                f"{variable}={named} holds no libggml-{backend}: unset {variable} or name a build with"
+                f" --backend {backend}"
             )
         return build
 

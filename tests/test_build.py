@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from pytq import build, fetch, paths
+from pytq import build, fetch, hardware, paths
 from pytq.cli import main
 from pytq.errors import PytqError
 
@@ -443,6 +443,26 @@ def test_a_named_build_directory(root: Path, monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setenv("PYTQ_STOCK_BUILD", str(tmp_path))
     with pytest.raises(PytqError, match="holds no build"):
         paths.find_build("stock")
+
+
+@pytest.mark.parametrize("backend", paths.BACKENDS[1:])
+@pytest.mark.parametrize("where", ["lib", "bin"])
+def test_a_named_build_holds_the_backend(
+    backend: str, where: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Else `--backend cuda` would measure the CPU and call it a GPU."""
+    for name in ("bin/llama-bench", f"lib/{paths.library_name()}", "lib/libggml-cpu.so"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setenv("PYTQ_PATCHED_BUILD", str(tmp_path))
+    assert paths.find_build("patched").backend == "cpu"
+    with pytest.raises(PytqError, match=f"PYTQ_PATCHED_BUILD=.* holds no libggml-{backend}: unset"):
+        paths.find_build("patched", backend)
+    assert hardware.choose_build(None).backend == "cpu"
+    (tmp_path / where / f"libggml-{backend}.so").touch()
+    assert paths.find_build("patched", backend).backend == backend
+    assert hardware.choose_build(None).backend == backend
+    assert paths.find_build("patched").backend == "cpu"
 
 
 def test_paths_command(root: Path) -> None:

@@ -87,6 +87,7 @@ def test_interrupted(faked: FakeBench, small: Path) -> None:
         (["--out", "/nowhere/x.md"], "/nowhere is no directory"),
         (["--eval", "/nowhere/x.json"], "cannot read"),
         (["--backend", "abacus"], "unknown backend 'abacus'"),
+        (["--backend", "cuda"], "PYTQ_(STOCK|PATCHED)_BUILD=.* holds no libggml-cuda"),
         (["-o", "doc"], "'doc' is not one of"),
     ],
 )
