@@ -468,9 +468,11 @@ constexpr int id_of(int family, int slot) {
     X("kv2s/kv2", ID(kv2s, 4), ID(kv2, 4))                                                                             \
     X("kv4s/kv4", ID(kv4s, 4), ID(kv4, 4))                                                                             \
     X("kv3s/kv3 d64", ID(kv3s, 1), ID(kv3, 1))                                                                         \
-    X("kv4s/kv4 d64", ID(kv4s, 1), ID(kv4, 1)) X("kv3/kv3 d64", ID(kv3, 1), ID(kv3, 1))                                \
-        X("kv3/kv3 d80", ID(kv3, 2), ID(kv3, 2)) X("kv4/kv4 d96", ID(kv4, 3), ID(kv4, 3))                              \
-            X("kv3/kv3 d192", ID(kv3, 5), ID(kv3, 5)) X("kv4/kv4 d256", ID(kv4, 6), ID(kv4, 6))
+    X("kv4s/kv4 d64", ID(kv4s, 1), ID(kv4, 1))                                                                         \
+    X("kv3/kv3 d64", ID(kv3, 1), ID(kv3, 1))                                                                           \
+    X("kv3/kv3 d80", ID(kv3, 2), ID(kv3, 2))                                                                           \
+    X("kv4/kv4 d96", ID(kv4, 3), ID(kv4, 3))                                                                           \
+    X("kv3/kv3 d192", ID(kv3, 5), ID(kv3, 5)) X("kv4/kv4 d256", ID(kv4, 6), ID(kv4, 6))
 #else
 #define CHECKED(X)
 #endif
