@@ -192,8 +192,7 @@ pytq_fresh_token pytq_find_fresh_token(const ggml_cgraph * graph, const pytq_cac
     ggml_tensor *rows_k = wk.set_rows->src[1], *rows_v = wv.set_rows->src[1];
     const int64_t first = (int64_t) ((k->view_offs - wk.set_rows->view_offs) / k->nb[1]);
     if ((w.queries && !turned) || turned != (wk.rotation != nullptr) || (r >= 0) != (wv.rotation != nullptr) ||
-        turned != (r >= 0) || rows_k->type != rows_v->type ||
-        first != (int64_t) ((v->view_offs - wv.set_rows->view_offs) / v->nb[1])) {
+        rows_k->type != rows_v->type || first != (int64_t) ((v->view_offs - wv.set_rows->view_offs) / v->nb[1])) {
         return f;
     }
     f = {i,
@@ -201,7 +200,7 @@ pytq_fresh_token pytq_find_fresh_token(const ggml_cgraph * graph, const pytq_cac
          turned,
          turned ? w.queries->src[1] : q,
          turned ? wk.rotation->src[1] : wk.set_rows->src[0],
-         turned ? wv.rotation->src[1] : wv.set_rows->src[0],
+         wv.rotation ? wv.rotation->src[1] : wv.set_rows->src[0],
          rows_k,
          -1,
          of_k,

@@ -40,10 +40,10 @@ int pytq_find_rotated_output(const ggml_cgraph * graph, int i);
 
 // Attention that follows the writes of one token's keys and values.
 struct pytq_fresh_token {
-    int attention; // FLASH_ATTN_EXT node, or -1
-    int last;      // that node, or the one that only rotates its result and is done with it
-    bool turned;   // queries, keys and values below are those before the products by the Hadamard matrix
-    ggml_tensor *q, *k, *v, *rows;
+    int attention;                 // FLASH_ATTN_EXT node, or -1
+    int last;                      // that node, or the one that only rotates its result and is done with it
+    bool turned;                   // queries and keys below are those before the products by the Hadamard matrix
+    ggml_tensor *q, *k, *v, *rows; // v: before the product by that matrix if the result is multiplied by it
     int join;          // node until which the writes may take (their operands live as long), or -1 if there is none
     int keys;          // which of the writes is that of the keys
     int64_t first_row; // row of the cache where the sequence begins
