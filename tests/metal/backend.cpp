@@ -137,6 +137,9 @@ void ggml_metal_device_get_memory(ggml_metal_device_t dev, size_t * free, size_t
 }
 // the first lines are the patch's, the answer for everything else is not upstream's
 bool ggml_metal_device_supports_op(ggml_metal_device_t dev, const struct ggml_tensor * op) {
+    if (op->op == GGML_OP_NONE) { // as upstream's: what lies in device memory, such as rotation matrices
+        return true;
+    }
     bool pytq_supported;
     return pytq_metal_supports_op(dev, op, &pytq_supported) && pytq_supported;
 }
