@@ -13,7 +13,7 @@ static constexpr int D = 64, HEADS = 4, KV_HEADS = 2, EMBD = D * HEADS, CELLS = 
 struct variant {
     const char * name;
     int tokens = 1, sequences = 1, streams = 1, first_stream = 0;
-    bool turn_keys = true, turn_values = true;
+    bool turn_queries = true, turn_keys = true, turn_values = true, turn_result = true, by_profile = false;
     bool values_written_first = false, one_write = false, keys_last = true;
     bool query_elsewhere = false, stands_between = false, bias = false, product_used_between = false,
          product_used_later = false, norm_behind_rope = false;
@@ -35,9 +35,13 @@ static const char * root(const ggml_tensor * t) {
     return t ? t->name : "-";
 }
 
-static ggml_tensor * turn(ggml_context * ctx, ggml_tensor * t, ggml_tensor * h) {
+static ggml_tensor * turn(ggml_context * ctx, ggml_tensor * t, ggml_tensor * h, const char * by_profile = nullptr) {
     ggml_tensor * r = ggml_mul_mat(ctx, h, ggml_reshape_2d(ctx, t, D, ggml_nelements(t) / D));
-    ggml_mul_mat_set_hint(r, GGML_HINT_SRC0_IS_HADAMARD);
+    if (by_profile) { // any matrix
+        ggml_set_name(r, by_profile);
+    } else {
+        ggml_mul_mat_set_hint(r, GGML_HINT_SRC0_IS_HADAMARD);
+    }
     return ggml_reshape_4d(ctx, r, t->ne[0], t->ne[1], t->ne[2], t->ne[3]);
 }
 
@@ -73,8 +77,11 @@ static layer build(ggml_context * ctx, const variant & o) {
     ggml_tensor * roped = rope(ggml_reshape_3d(ctx, product(ctx, x, D * KV_HEADS, "Wk"), D, KV_HEADS, n), "rope_k");
     ggml_tensor * k = o.norm_behind_rope ? named(ggml_rms_norm(ctx, roped, 1e-5f), "norm") : roped;
     ggml_tensor *k_plain = k, *v_plain = v;
+    if (o.turn_queries) {
+        q = turn(ctx, q, h, o.by_profile ? "profile_q" : nullptr);
+    }
     if (o.turn_keys) {
-        q = turn(ctx, q, h), k = turn(ctx, k, h);
+        k = turn(ctx, k, h, o.by_profile ? "profile_k" : nullptr);
     }
     if (o.turn_values) {
         v = turn(ctx, v, h);
@@ -125,7 +132,7 @@ static layer build(ggml_context * ctx, const variant & o) {
         seen(cache_v, o.other_streams ? o.first_stream + 1 : o.first_stream), nullptr, 0.125f, 0.0f, 0.0f);
     named(attention, "attention");
     ggml_tensor * result = ggml_reshape_2d(ctx, attention, EMBD, n);
-    if (o.turn_values) {
+    if (o.turn_result) {
         result = ggml_mul_mat(ctx, h, ggml_reshape_2d(ctx, result, D, HEADS * n));
         ggml_mul_mat_set_hint(result, GGML_HINT_SRC0_IS_HADAMARD);
         named(result, "turned_back");
@@ -229,7 +236,10 @@ template <class F> static void with(const char * name, F change) {
 
 int main() {
     with("plain", [](variant &) {});
-    with("not turned", [](variant & o) { o.turn_keys = o.turn_values = false; });
+    with("not turned", [](variant & o) { o.turn_queries = o.turn_keys = o.turn_values = o.turn_result = false; });
+    with("only keys turned", [](variant & o) { o.turn_values = o.turn_result = false; });
+    with("only values turned", [](variant & o) { o.turn_queries = o.turn_keys = false; });
+    with("keys by profile", [](variant & o) { o.by_profile = true; });
     with("values written first", [](variant & o) { o.values_written_first = true; });
     with("later stream", [](variant & o) { o.streams = 3, o.first_stream = 2; });
     with("no second product", [](variant & o) { o.products = 1; });
@@ -243,15 +253,18 @@ int main() {
     with("product used later", [](variant & o) { o.product_used_later = true; });
     with("two tokens", [](variant & o) { o.tokens = 2; });
     with("two sequences", [](variant & o) { o.sequences = o.streams = 2; });
-    with("result not turned back", [](variant & o) { o.turn_values = false; });
+    with("result not turned back", [](variant & o) { o.turn_result = false; });
+    with("values not turned", [](variant & o) { o.turn_values = false; });
     with("keys not turned", [](variant & o) { o.turn_keys = false; });
+    with("queries not turned", [](variant & o) { o.turn_queries = false; });
     with("query used elsewhere", [](variant & o) { o.query_elsewhere = true; });
     with("something stands between", [](variant & o) { o.stands_between = true; });
     with("one write", [](variant & o) { o.one_write = true; });
     with("rows of two types", [](variant & o) { o.other_row_types = true; });
     with("streams of two kinds", [](variant & o) { o.streams = 3, o.other_streams = true; });
     with("result over the keys", [](variant & o) { o.result_over_keys = true; });
-    with("result over the keys, not turned",
-         [](variant & o) { o.result_over_keys = true, o.turn_keys = o.turn_values = false; });
+    with("result over the keys, not turned", [](variant & o) {
+        o.result_over_keys = true, o.turn_queries = o.turn_keys = o.turn_values = o.turn_result = false;
+    });
     with("keys overwritten before the write", [](variant & o) { o.keys_overwritten_before_write = true; });
 }

@@ -32,6 +32,9 @@ TURNED = {
 FOUND = {
     "plain": {},
     "not turned": {"turned": "0", "last": "attention"},
+    "only keys turned": {"last": "attention"},
+    "only values turned": {"turned": "0"},
+    "keys by profile": {"turned": "0", "q": "profile_q", "k": "profile_k"},
     "values written first": {"keys": "1"},
     "later stream": {"first_row": "96"},
     "no second product": {"join": "-"},
@@ -44,11 +47,13 @@ FOUND = {
     "product used between": {},
     "product used later": {},
 }
-STAY = {"bias", "norm behind rope", "values last", "product used between"}
+STAY = {"keys by profile", "bias", "norm behind rope", "values last", "product used between"}
 NOT_FOUND = {
     "two tokens",
     "two sequences",
     "result not turned back",
+    "values not turned",
+    "queries not turned",
     "keys not turned",
     "query used elsewhere",
     "something stands between",
