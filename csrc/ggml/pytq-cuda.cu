@@ -586,7 +586,8 @@ static void few_rows_into(ggml_backend_cuda_context & ctx, const ggml_tensor * n
 // attention and what follows it need not wait for the encoder.
 struct side_stream {
     cudaEvent_t begin = nullptr, done = nullptr;
-    int join = -1; // node of the graph in progress
+    int device = -1; // that the events belong to
+    int join = -1;   // node of the graph in progress
 };
 
 static side_stream & side_of(ggml_backend_cuda_context & ctx) {
@@ -598,7 +599,12 @@ static side_stream & side_of(ggml_backend_cuda_context & ctx) {
 
 static void write_beside(ggml_backend_cuda_context & ctx, side_stream & side, const pytq_cache_writes & w, int join) {
     ggml_cuda_set_device(ctx.device);
-    if (!side.begin) {
+    if (side.device != ctx.device) { // new, or the context at this address is another than before
+        if (side.begin) {
+            CUDA_CHECK(cudaEventDestroy(side.begin));
+            CUDA_CHECK(cudaEventDestroy(side.done));
+        }
+        side.device = ctx.device;
         CUDA_CHECK(cudaEventCreateWithFlags(&side.begin, cudaEventDisableTiming));
         CUDA_CHECK(cudaEventCreateWithFlags(&side.done, cudaEventDisableTiming));
     }

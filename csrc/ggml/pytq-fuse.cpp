@@ -210,11 +210,16 @@ pytq_fresh_token pytq_find_fresh_token(const ggml_cgraph * graph, const pytq_cac
             f.attention = -1;
         }
     }
-    // the second product behind attention: by then even the slowest encoder is done
+    // the second product behind attention: by then even the slowest encoder is done. Products of one operand (gate and
+    // up) count as one, since they may run as one launch with what follows, where nothing waits in between.
     int products = 0;
+    const ggml_tensor * operand = nullptr;
     for (int j = f.last + 1; j < graph->n_nodes && products < 2; j++) {
         const ggml_tensor * t = graph->nodes[j];
-        products += t->op == GGML_OP_MUL_MAT || t->op == GGML_OP_MUL_MAT_ID;
+        if (t->op == GGML_OP_MUL_MAT || t->op == GGML_OP_MUL_MAT_ID) {
+            products += t->src[1] != operand;
+            operand = t->src[1];
+        }
         if (pytq_is_cache_write(t)) {
             break;
         }

@@ -19,7 +19,7 @@ struct variant {
          product_used_later = false, norm_behind_rope = false;
     bool other_row_types = false, other_streams = false, write_before_second_product = false;
     bool result_over_keys = false, keys_overwritten_before_write = false, values_overwritten_before_join = false,
-         rows_overwritten_before_join = false;
+         rows_overwritten_before_join = false, gate_and_up_first = false;
     int products = 3;
 };
 
@@ -143,6 +143,11 @@ static layer build(ggml_context * ctx, const variant & o) {
     } else if (o.result_over_keys) {
         attention->data = k_plain->data;
     }
+    if (o.gate_and_up_first) { // feed-forward beside attention
+        add(result);
+        ggml_tensor *gate = product(ctx, x, EMBD, "gate"), *up = product(ctx, x, EMBD, "up");
+        add(product(ctx, ggml_swiglu_split(ctx, gate, up), EMBD, "down"));
+    }
     static const char * names[] = {"product1", "product2", "product3"};
     for (int i = 0; i < o.products; i++) {
         if (i == 1 && o.write_before_second_product) {
@@ -246,6 +251,7 @@ int main() {
     with("next write too soon", [](variant & o) { o.write_before_second_product = true; });
     with("values overwritten before join", [](variant & o) { o.values_overwritten_before_join = true; });
     with("rows overwritten before join", [](variant & o) { o.rows_overwritten_before_join = true; });
+    with("gate and up first", [](variant & o) { o.gate_and_up_first = true; });
     with("bias", [](variant & o) { o.bias = true; });
     with("norm behind rope", [](variant & o) { o.norm_behind_rope = true; });
     with("values last", [](variant & o) { o.keys_last = false; });

@@ -41,6 +41,8 @@ FOUND = {
     "next write too soon": {"join": "-"},
     "values overwritten before join": {"join": "-"},
     "rows overwritten before join": {"join": "-"},
+    # one launch takes both and what they feed, so what waits must stand behind
+    "gate and up first": {"join": "down"},
     "bias": {"v": "bias"},
     "norm behind rope": {"k": "norm"},
     "values last": {},
