@@ -1,6 +1,7 @@
 // Launcher of the decode kernel for one family of keys; included once per family with PYTQ_K set, and
 //   PYTQ_OWN_V      the family of values for every head size (default: the keys')
 //   PYTQ_EXTRA_V    further families of values for head size 128: X(name) ...
+#include "pytq-attention-params.cuh"
 #include "pytq-cuda-impl.cuh"
 
 #include "cuda/attention-launch.cuh"
@@ -28,33 +29,14 @@ bool run(ggml_backend_cuda_context * ctx, ggml_tensor * dst, const pytq_cuda_fre
     if (check) {
         return true;
     }
-    const ggml_tensor * q = dst->src[0];
-    const ggml_tensor * k = dst->src[1];
-    const ggml_tensor * v = dst->src[2];
-    const ggml_tensor * mask = dst->src[3];
-    const ggml_tensor * sinks = dst->src[4];
-
     pytq::decode_params p = {};
-    p.q = (const char *) q->data, p.k = (const char *) k->data, p.v = (const char *) v->data;
-    p.mask = mask ? (const char *) mask->data : nullptr;
-    p.sinks = sinks ? (const float *) sinks->data : nullptr;
-    p.dst = (char *) dst->data;
-    p.q_nb1 = q->nb[1], p.q_nb2 = q->nb[2], p.q_nb3 = q->nb[3];
-    p.k_nb1 = k->nb[1], p.k_nb2 = k->nb[2], p.k_nb3 = k->nb[3];
-    p.v_nb1 = v->nb[1], p.v_nb2 = v->nb[2], p.v_nb3 = v->nb[3];
-    p.mask_nb1 = mask ? mask->nb[1] : 0, p.mask_nb3 = mask ? mask->nb[3] : 0;
-    p.n_seq = (int) q->ne[3], p.n_seq_mask = mask ? (int) mask->ne[3] : 1;
-    p.n_kv = (int) k->ne[1], p.n_q = (int) q->ne[1], p.n_head_kv = (int) k->ne[2], p.gqa = (int) (q->ne[2] / k->ne[2]);
-    memcpy(&p.scale, (const float *) dst->op_params + 0, sizeof(float));
-    memcpy(&p.max_bias, (const float *) dst->op_params + 1, sizeof(float));
-    memcpy(&p.softcap, (const float *) dst->op_params + 2, sizeof(float));
+    pytq_set_block_attention(p, dst);
     p.rotate = ggml_get_op_params_i32(dst, pytq_rotate_output_param) == 1;
     if (fresh) {
         p.fresh = {(const float *) fresh->k, (const float *) fresh->v, fresh->row, fresh->row_bytes,
                    (long long) fresh->first_row};
         p.rotate_query = fresh->turned;
     }
-    p.n_head_log2 = 1 << (int) floorf(log2f((float) q->ne[2]));
     p.slope_log2[0] = -p.max_bias / p.n_head_log2, p.slope_log2[1] = -p.max_bias / 2.0f / p.n_head_log2;
 
     // both alignments are compiled for the commonest head size only

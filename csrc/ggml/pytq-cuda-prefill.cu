@@ -1,4 +1,5 @@
 // Attention of many query rows by the kernel of cuda/attention-prefill.cuh, for devices of compute capability 9.0.
+#include "pytq-attention-params.cuh"
 #include "pytq-cuda-impl.cuh"
 
 #include <algorithm>
@@ -31,8 +32,6 @@ bool pytq_cuda_prefill(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const ggml_tensor * q = dst->src[0];
     const ggml_tensor * k = dst->src[1];
     const ggml_tensor * v = dst->src[2];
-    const ggml_tensor * mask = dst->src[3];
-    const ggml_tensor * sinks = dst->src[4];
     const auto & info = ggml_cuda_info().devices[ctx.device];
     // code for 9.0a runs on no later device
     if (!enabled() || info.cc != GGML_CUDA_CC_HOPPER || !pytq_is_type(k->type) || !pytq_is_type(v->type) ||
@@ -41,20 +40,7 @@ bool pytq_cuda_prefill(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         return false;
     }
     pytq::prefill_params p = {};
-    p.q = (const char *) q->data, p.k = (const char *) k->data, p.v = (const char *) v->data;
-    p.mask = mask ? (const char *) mask->data : nullptr;
-    p.sinks = sinks ? (const float *) sinks->data : nullptr;
-    p.dst = (float *) dst->data;
-    p.q_nb1 = q->nb[1], p.q_nb2 = q->nb[2], p.q_nb3 = q->nb[3];
-    p.k_nb1 = k->nb[1], p.k_nb2 = k->nb[2], p.k_nb3 = k->nb[3];
-    p.v_nb1 = v->nb[1], p.v_nb2 = v->nb[2], p.v_nb3 = v->nb[3];
-    p.mask_nb1 = mask ? mask->nb[1] : 0, p.mask_nb3 = mask ? mask->nb[3] : 0;
-    p.n_seq = (int) q->ne[3], p.n_seq_mask = mask ? (int) mask->ne[3] : 1;
-    p.n_kv = (int) k->ne[1], p.n_q = (int) q->ne[1], p.n_head_kv = (int) k->ne[2], p.gqa = (int) (q->ne[2] / k->ne[2]);
-    memcpy(&p.scale, (const float *) dst->op_params + 0, sizeof(float));
-    memcpy(&p.max_bias, (const float *) dst->op_params + 1, sizeof(float));
-    memcpy(&p.softcap, (const float *) dst->op_params + 2, sizeof(float));
-    p.n_head_log2 = 1 << (int) floorf(log2f((float) q->ne[2]));
+    pytq_set_block_attention(p, dst);
     p.m0 = powf(2.0f, -p.max_bias / p.n_head_log2);
     p.m1 = powf(2.0f, -p.max_bias / 2.0f / p.n_head_log2);
     pytq::prefill_plan(p, info.nsm);

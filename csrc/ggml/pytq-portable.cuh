@@ -1,6 +1,8 @@
 // Launcher for one head size; included by one file per head size with PYTQ_D set.
 #include "common.cuh"
 
+#include "pytq-attention-params.cuh"
+
 #include "pytq-portable.h"
 
 #include "cuda/attention-portable.cuh"
@@ -56,27 +58,17 @@ template <> void pytq_portable_launch<PYTQ_D>(ggml_backend_cuda_context & ctx, g
     const ggml_tensor * q = dst->src[0];
     const ggml_tensor * k = dst->src[1];
     const ggml_tensor * mask = dst->src[3];
-    const ggml_tensor * sinks = dst->src[4];
     const int n_seq = (int) q->ne[3];
 
     pytq::portable_params p = {};
-    p.q = (const char *) q->data, p.dst = (float *) dst->data;
-    p.q_nb1 = q->nb[1], p.q_nb2 = q->nb[2], p.q_nb3 = q->nb[3];
+    pytq_set_attention(p, dst);
     p.k = operand_of(k), p.v = operand_of(dst->src[2]);
-    p.mask = mask ? (const char *) mask->data : nullptr;
     p.mask_ne2 = p.mask_ne3 = 1;
     if (mask) {
         p.mask_nb1 = mask->nb[1], p.mask_nb2 = mask->nb[2], p.mask_nb3 = mask->nb[3];
         p.mask_ne2 = (int) mask->ne[2], p.mask_ne3 = (int) mask->ne[3];
     }
-    p.sinks = sinks ? (const float *) sinks->data : nullptr;
-    p.n_kv = (int) k->ne[1], p.n_q = (int) q->ne[1], p.n_head_kv = (int) k->ne[2];
-    p.gqa = (int) (q->ne[2] / k->ne[2]);
     p.n_rows = p.gqa * p.n_q;
-    memcpy(&p.scale, (const float *) dst->op_params + 0, sizeof(float));
-    memcpy(&p.max_bias, (const float *) dst->op_params + 1, sizeof(float));
-    memcpy(&p.softcap, (const float *) dst->op_params + 2, sizeof(float));
-    p.n_head_log2 = 1 << (int) floorf(log2f((float) q->ne[2]));
     p.m0 = powf(2.0f, -p.max_bias / p.n_head_log2);
     p.m1 = powf(2.0f, -p.max_bias / 2.0f / p.n_head_log2);
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from pytq.codec.table import load_types
+from tests.hip.shim_flags import shim_flags
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
 
 # normalised mean square error against float64 over the decoded values; halves as weights give 5e-8
 MAX_NMSE = 2e-7
@@ -90,20 +90,8 @@ def program(
     """exec.cpp for waves of 32 (as RDNA) or 64 lanes (as CDNA)."""
     wave = request.param
     directory = tmp_path_factory.mktemp(f"wave{wave}")
-    gpu = "__GFX11__" if wave == 32 else "__gfx90a__"
-    flags = [
-        "-std=c++17",
-        "-O1",
-        "-ffp-contract=off",
-        "-fno-strict-aliasing",
-        "-Wall",
-        "-Werror",
-        "-Wno-unknown-pragmas",
-    ]
-    flags += ["-D__HIPCC__", "-D__HIP_DEVICE_COMPILE__", f"-D{gpu}", f"-DSHIM_WAVE={wave}"]
-    flags += ["-I", str(HERE), "-I", str(ROOT / "csrc")]
     source, target = HERE / "exec.cpp", directory / "exec.o"
-    subprocess.run([*host_compiler, *flags, "-c", str(source), "-o", str(target)], check=True)
+    subprocess.run([*host_compiler, *shim_flags(wave), "-c", str(source), "-o", str(target)], check=True)
     program = directory / "exec"
     subprocess.run(["g++", str(target), *map(str, reference), "-o", str(program)], check=True)
     return program

@@ -15,6 +15,7 @@ import pytest
 
 from pytq import backends
 from pytq.codec.table import load_types
+from tests.hip.shim_flags import shim_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 GGML = ROOT / "csrc" / "ggml"
@@ -87,19 +88,8 @@ def test_tiles_hold_the_references_values(tmp_path: Path) -> None:
             ["gcc", "-std=c11", "-O2", "-ffp-contract=off", "-c", str(source), "-o", objects[-1]], check=True
         )
     program = str(tmp_path / "prefill_tiles")
-    flags = [
-        "-std=c++17",
-        "-O1",
-        "-ffp-contract=off",
-        "-fno-strict-aliasing",
-        "-Wall",
-        "-Werror",
-        "-Wno-unknown-pragmas",
-    ]
-    flags += ["-D__HIPCC__", "-D__HIP_DEVICE_COMPILE__", "-D__GFX11__", "-DSHIM_WAVE=32"]
-    flags += ["-I", str(ROOT / "tests" / "hip"), "-I", str(ROOT / "csrc")]
     source = str(Path(__file__).with_suffix("").parent / "prefill_tiles.cpp")
-    subprocess.run(["g++", *flags, source, *objects, "-o", program], check=True)
+    subprocess.run(["g++", *shim_flags(32), source, *objects, "-o", program], check=True)
     rows = [
         line.split()
         for line in subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines()

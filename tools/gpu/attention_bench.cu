@@ -112,23 +112,6 @@ template <int KT, int VT> struct runner {
     }
 };
 
-// n_vec blocks of a type: vectors of a pool that csrc/ref encoded, in a scattered order.
-static std::vector<uint8_t> blocks_of(const pytq_type_info * t, size_t n_vec, unsigned seed) {
-    constexpr size_t POOL = 512;
-    static std::map<std::pair<int, unsigned>, std::vector<uint8_t>> pools;
-    std::vector<uint8_t> & pool = pools[{t->id, seed}];
-    if (pool.empty()) {
-        const std::vector<float> x = gaussian(POOL * t->head_dim, seed);
-        pool.resize(POOL * t->block_bytes);
-        pytq_quantize_ref(t, x.data(), pool.data(), (int64_t) x.size());
-    }
-    std::vector<uint8_t> out(n_vec * t->block_bytes);
-    for (size_t i = 0; i < n_vec; i++) {
-        memcpy(&out[i * t->block_bytes], &pool[(i * 2654435761u >> 7) % POOL * t->block_bytes], t->block_bytes);
-    }
-    return out;
-}
-
 // x times the Walsh matrix in natural order over the root of its order.
 static std::vector<double> walsh(const std::vector<double> & x) {
     std::vector<double> y(x.size(), 0.0);

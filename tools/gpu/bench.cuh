@@ -1,10 +1,15 @@
 // What the op-level harnesses share: error checks, random input, timing by events.
 #pragma once
 
+#include "../../csrc/pytq.h"
+
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <map>
 #include <random>
+#include <utility>
 #include <vector>
 
 #define CHECK(x)                                                                                                       \
@@ -33,6 +38,27 @@ template <class X> static X * upload(const std::vector<X> & x, size_t pad = 0) {
     CHECK(cudaMalloc(&d, x.size() * sizeof(X) + pad));
     CHECK(cudaMemcpy(d, x.data(), x.size() * sizeof(X), cudaMemcpyHostToDevice));
     return d;
+}
+
+// n_vec blocks of a type: vectors of a pool that csrc/ref encoded, in a scattered order. scaled: their sizes differ by
+// up to nine times.
+inline std::vector<uint8_t> blocks_of(const pytq_type_info * t, size_t n_vec, unsigned seed, bool scaled = false) {
+    constexpr size_t POOL = 512;
+    static std::map<std::pair<int, unsigned>, std::vector<uint8_t>> pools;
+    std::vector<uint8_t> & pool = pools[{t->id, seed}];
+    if (pool.empty()) {
+        std::vector<float> x = gaussian(POOL * t->head_dim, seed);
+        for (size_t i = 0; i < x.size() && scaled; i++) {
+            x[i] *= 0.25f + 2.0f * (float) (i / t->head_dim % 7) / 7.0f;
+        }
+        pool.resize(POOL * t->block_bytes);
+        pytq_quantize_ref(t, x.data(), pool.data(), (int64_t) x.size());
+    }
+    std::vector<uint8_t> out(n_vec * t->block_bytes);
+    for (size_t i = 0; i < n_vec; i++) {
+        memcpy(&out[i * t->block_bytes], &pool[(i * 2654435761u >> 7) % POOL * t->block_bytes], t->block_bytes);
+    }
+    return out;
 }
 
 // Median over 7 series of n calls, microseconds per call.

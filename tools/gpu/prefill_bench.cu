@@ -34,26 +34,6 @@ struct shape {
     int odd = 0; // further mask elements between rows
 };
 
-// n_vec blocks of a type: vectors of a pool that csrc/ref encoded, in a scattered order.
-static std::vector<uint8_t> blocks_of(const pytq_type_info * t, size_t n_vec, unsigned seed) {
-    constexpr size_t POOL = 512;
-    static std::map<std::pair<int, unsigned>, std::vector<uint8_t>> pools;
-    std::vector<uint8_t> & pool = pools[{t->id, seed}];
-    if (pool.empty()) {
-        std::vector<float> x = gaussian(POOL * t->head_dim, seed);
-        for (size_t i = 0; i < x.size(); i++) { // scales differ
-            x[i] *= 0.25f + 2.0f * (float) (i / t->head_dim % 7) / 7.0f;
-        }
-        pool.resize(POOL * t->block_bytes);
-        pytq_quantize_ref(t, x.data(), pool.data(), (int64_t) x.size());
-    }
-    std::vector<uint8_t> out(n_vec * t->block_bytes);
-    for (size_t i = 0; i < n_vec; i++) {
-        memcpy(&out[i * t->block_bytes], &pool[(i * 2654435761u >> 7) % POOL * t->block_bytes], t->block_bytes);
-    }
-    return out;
-}
-
 static std::vector<uint16_t> mask_of(const shape & a, int stride) {
     std::vector<uint16_t> m((size_t) a.n_seq * a.n_q * stride, 0xfc00);
     std::mt19937 rng(5);
@@ -91,7 +71,7 @@ template <int KT, int VT> struct inputs {
         const int n_head = a.n_head_kv * a.gqa, stride = a.n_kv + a.odd;
         const size_t n_vec = (size_t) a.n_kv * a.n_head_kv * a.n_seq;
         q = gaussian((size_t) n_head * a.n_q * a.n_seq * K::d, 1, 1.5f);
-        k = blocks_of(pytq_type_get(KT), n_vec, 2), v = blocks_of(pytq_type_get(VT), n_vec, 3);
+        k = blocks_of(pytq_type_get(KT), n_vec, 2, true), v = blocks_of(pytq_type_get(VT), n_vec, 3, true);
         // token 5 of every head is an attention sink of the first query
         std::vector<float> key(K::d);
         for (int s = 0; s < a.n_seq; s++) {
