@@ -267,25 +267,38 @@ def profile(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def shifted_logits(llama: Any, shift: bool) -> Any:
-    """Log probabilities after a long text whose tokens 50 to 149 were dropped, the rest moved down, as a server does
-    when the context is full; without ``shift``, after the whole text."""
-    text = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
-    tokens = llama.tokenize(text.encode())[:300]
+def facts() -> str:
+    """Eighteen sentences, then the same again: what a later token should be stands in one place of the context."""
+    names = "Anna Boris Clara David Elena Frank Grace Henry Irene Jacob Karen Lukas Maria Nadia Oscar Paula Quinn Ralph"
+    towns = "Oslo Rome Lima Cairo Paris Delhi Kyoto Quito Tunis Seoul Milan Accra Lagos Berlin Boston Dublin Havana Wien"
+    goods = "goats boats maps clocks lamps bells books cups drums kites flutes roses tents violins wheels chairs doors hats"
+    rows = zip(names.split(), towns.split(), goods.split(), strict=True)
+    told = " ".join(f"{name} lives in {town} and repairs {thing}." for name, town, thing in rows)
+    return f"{told}\n\nOnce more, to learn them by heart: {told}"
+
+
+def shifted_logits(llama: Any, shift: bool, follow: int = 24) -> Any:
+    """Log probabilities, shape (follow, n_vocab), of tokens that follow a text whose tokens 50 to 149 were dropped, the
+    rest moved down, as a server does when the context is full; without ``shift``, that follow the whole text."""
+    tokens = llama.tokenize(facts().encode())[: 270 + follow]
+    assert len(tokens) == 270 + follow
     llama.reset()
-    llama.eval(tokens[:-1])
+    llama.eval(tokens[:270])
     if shift:
         llama._ctx.kv_cache_seq_rm(0, 50, 150)
         llama._ctx.kv_cache_seq_shift(0, 150, -1, -100)
         llama.n_tokens -= 100
-    llama.eval(tokens[-1:])
-    logits = np.ctypeslib.as_array(llama._ctx.get_logits(), shape=(llama.n_vocab(),)).astype(np.float64)
-    logits -= logits.max()
-    return logits - np.log(np.exp(logits).sum())
+    rows = []
+    for token in tokens[270:]:
+        llama.eval([token])
+        logits = np.ctypeslib.as_array(llama._ctx.get_logits(), shape=(llama.n_vocab(),)).astype(np.float64)
+        logits -= logits.max()
+        rows.append(logits - np.log(np.exp(logits).sum()))
+    return np.array(rows)
 
 
 def divergence(p: Any, q: Any) -> float:
-    return float((np.exp(p) * (p - q)).sum())
+    return float((np.exp(p) * (p - q)).sum(axis=-1).mean())
 
 
 @pytest.mark.parametrize("with_profile", [False, True], ids=["plain", "profile"])
@@ -301,4 +314,4 @@ def test_context_shift_moves_transformed_keys(
     still = divergence(shifted_logits(exact, False), shifted_logits(ours, False))
     assert moved < 2 * still + 0.02
     # the wrong context, or keys left where they were, would be seen
-    assert moved < 0.5 * divergence(want, shifted_logits(exact, False))
+    assert moved < 0.2 * divergence(want, shifted_logits(exact, False))
