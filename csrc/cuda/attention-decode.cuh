@@ -694,7 +694,12 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1)
 #endif
 
         // Mask of this lane's 4 tokens and 2 rows; tokens past the end count as masked.
-        const int first = tile * tile_tokens + slice * decode_tile, n_valid = p.n_kv - first;
+        const int first = tile * tile_tokens + slice * decode_tile;
+#ifdef PYTQ_BULK
+        const int n_valid = p.n_kv - first;
+#else
+        const int n_valid = tile < tile_end ? p.n_kv - first : 0; // a team's last turn may have no tile
+#endif
         const int fresh = *(const int *) (decode_smem + control_at + decode_fresh_at) - first;
         float bias_[4][2];
         bool any = false;

@@ -226,12 +226,14 @@ PYTQ_DEV uint32_t opaque(uint32_t x) {
     return x;
 }
 
-// Low 32 bits of hi:lo >> s, 0 <= s < 32.
+// Low 32 bits of hi:lo >> s, 0 <= s < 32; in kernels that are CUDA's alone s counts modulo 32.
 PYTQ_DEV uint32_t shift_pair(uint32_t lo, uint32_t hi, uint32_t s) {
 #if defined(PYTQ_PTX)
     return __funnelshift_r(lo, hi, s);
-#else
+#elif defined(PYTQ_AMD)
     return (uint32_t) (((uint64_t) hi << 32 | lo) >> s);
+#else
+    return (uint32_t) (((uint64_t) hi << 32 | lo) >> (s & 31u));
 #endif
 }
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,16 +9,14 @@ import pytest
 
 from pytq import paths
 from pytq.errors import PytqError
+from tests.shim.toolchain import host_compiler, reference
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import fetch_hip  # noqa: E402
 
-
-def ccache() -> list[str]:
-    found = shutil.which("ccache")
-    return [found] if found else []
+__all__ = ["host_compiler", "reference"]  # fixtures of all shims
 
 
 @pytest.fixture(scope="session")
@@ -41,35 +37,3 @@ def llama_source() -> Path:
         if (tree / "ggml/src/ggml-cuda/common.cuh").exists():
             return tree
     pytest.skip("no llama.cpp source tree here: `pytq build` makes it")
-
-
-@pytest.fixture(scope="session")
-def host_compiler() -> list[str]:
-    """g++ (through ccache where it is installed); the shim uses what clang treats as its own builtins."""
-    gxx = shutil.which("g++")
-    if gxx is None:
-        pytest.skip("the shim needs g++ (Debian: apt install g++)")
-    return [*ccache(), gxx]
-
-
-@pytest.fixture(scope="session")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Objects of the C reference."""
-    directory = tmp_path_factory.mktemp("reference")
-    objects = []
-    for source in sorted((ROOT / "csrc" / "ref").glob("*.c")):
-        target = directory / f"{source.stem}.o"
-        command = [
-            *ccache(),
-            "gcc",
-            "-std=c11",
-            "-O2",
-            "-ffp-contract=off",
-            "-c",
-            str(source),
-            "-o",
-            str(target),
-        ]
-        subprocess.run(command, check=True)
-        objects.append(target)
-    return objects
