@@ -300,8 +300,8 @@ struct machine {
             if (any && when == copying::any && random(4) == 0) {
                 deliver_one(b);
             }
-            any = any || arrived(b) || deliver_one(b);
-            if (!any && !release(&only, 1, wait::barrier, "threads wait at different barriers")) {
+            any = any || arrived(b) || release(&only, 1, wait::barrier, "threads wait at different barriers");
+            if (!any && (over(b) || !deliver_one(b))) {
                 return;
             }
         }
@@ -354,7 +354,8 @@ struct machine {
                 }
                 run_block(b);
                 if (over(b)) {
-                    if (!b.copies.empty()) {
+                    if (!b.copies.empty() || std::any_of(b.threads.begin(), b.threads.begin() + b.n,
+                                                         [](const auto & f) { return !f->copies.empty(); })) {
                         fail("a block has left before its copies arrived");
                     }
                     check_behind();
