@@ -23,7 +23,9 @@
 #include <climits>
 #include <cstdlib>
 #include <mutex>
+#include <set>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 static bool is_compressed(const ggml_tensor * t) {
@@ -402,10 +404,25 @@ static int64_t kernel_head_size(int64_t d) {
     return d == 192 ? 256 : d;
 }
 
+// Once for every pair of types: this batch does not run on the blocks themselves.
+static void say_slices(const ggml_tensor * dst) {
+    static std::mutex lock;
+    static std::set<std::pair<int, int>> said;
+    const ggml_tensor *k = dst->src[1], *v = dst->src[2];
+    const std::lock_guard<std::mutex> guard(lock);
+    if (said.insert({k->type, v->type}).second) {
+        GGML_LOG_WARN(
+            "pytq: batches of %d tokens over K %s with V %s go through slices of %d tokens in f16: there is no "
+            "fused kernel for them on this device\n",
+            (int) dst->src[0]->ne[1], ggml_type_name(k->type), ggml_type_name(v->type), (int) slice_tokens());
+    }
+}
+
 static void flash_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     if (few_rows_kernel(&ctx, dst, nullptr, false) || pytq_cuda_prefill(ctx, dst)) {
         return;
     }
+    say_slices(dst);
     const ggml_tensor * q = dst->src[0];
     const int64_t d = q->ne[0], wide = kernel_head_size(d);
     if (d == wide) {
