@@ -178,8 +178,8 @@ inline void __syncwarp(unsigned mask = 0xffffffffu) {
 
 inline void __threadfence() {}
 inline void __threadfence_block() {}
-inline unsigned atomicAdd(unsigned * at, unsigned x) {
-    const unsigned before = *at;
+template <class X> X atomicAdd(X * at, std::common_type_t<X> x) {
+    const X before = *at;
     *at = before + x;
     return before;
 }
@@ -187,6 +187,9 @@ inline unsigned atomicInc(unsigned * at, unsigned last) {
     const unsigned before = *at;
     *at = before >= last ? 0 : before + 1;
     return before;
+}
+inline void __nanosleep(unsigned) {
+    shim::spin();
 }
 inline float __fdividef(float a, float b) {
     return a / b;
