@@ -21,51 +21,9 @@
 // interleaves the tokens' bits by nibbles before the look-up, so one permute yields 4 tokens of one coordinate.
 #pragma once
 
-#include "decode-instructions.cuh"
+#include "decode-parts.cuh"
 
 namespace pytq {
-
-// The newest token of a sequence that grows by one, as it was before compression. While another kernel encodes it,
-// attention leaves its row of the cache alone and adds the token at the end, like a sink with a value, and so waits for
-// no encoder.
-struct decode_fresh {
-    const float * k;  // [d, n_head_kv] in the basis of q as passed; null: every token is in the cache
-    const float * v;  // [d, n_head_kv] in the basis of the result
-    const void * row; // its row number in the cache, 4 or 8 bytes
-    int row_bytes;
-    long long first_row; // row of token 0 of the sequence
-};
-
-struct decode_params {
-    const char * q; // f32 [d, n_q, n_head, n_seq]
-    const char * k; // blocks [n_kv, n_head_kv, n_seq]
-    const char * v;
-    const char * mask;   // f16 [n_kv, n_q, 1, n_seq_mask] or null
-    const float * sinks; // [n_head] or null
-    char * dst;          // f32 [d, n_head, n_q, n_seq]
-    float * part;        // unnormalised outputs [seq][head_kv][row][part][d]; unused with one part
-    float2 * meta;       // (reference exponent, sum) [seq][head_kv][row][part]
-    long long q_nb1, q_nb2, q_nb3, k_nb1, k_nb2, k_nb3, v_nb1, v_nb2, v_nb3, mask_nb1, mask_nb3;
-    int n_kv, n_q, n_head_kv, gqa, n_rows, n_seq, n_seq_mask;
-    int heads_per_block, warps_per_head, teams, row_tiles;
-    int n_splits, cluster, cluster_log2, n_parts;
-    int tiles_each, tiles_more;                     // tiles of a split; the first tiles_more splits have one more
-    int heads_inverse, slices_inverse, gqa_inverse; // ceil(2^16 / x): quotients of small numbers
-    int k_slot, v_slot; // bytes between tokens in shared memory; equal to nb1 when rows are copied as one range
-    int v_at, mask_at, scratch_at; // offsets in a team's shared memory; its keys lie at decode_keys_at
-    int team_bytes;
-    int mask_rows;     // rows of the mask a tile of query rows needs: 1 for one token, else 4
-    bool mask_vectors; // mask rows may be copied 16 bytes at a time
-    bool rotate;       // multiply the result by the Walsh matrix of order d over sqrt(d)
-    bool rotate_query; // and the query
-    float scale, softcap, max_bias;
-    float slope_log2[2]; // log2 of the bases of ALiBi's slopes: heads below n_head_log2, and the others
-    float row_scale; // logits before the soft-cap in units of it, else in units of log2; per step of the fixed-point
-                     // query
-    int n_head_log2;
-    hidden_constants hidden;
-    decode_fresh fresh; // last: what every block needs shares few lines of the constant bank
-};
 
 constexpr int decode_tile = 64; // tokens per warp and tile
 
@@ -82,32 +40,6 @@ constexpr int decode_control_bytes = 32, decode_counters_at = 16, decode_fresh_a
               decode_buffers_at = 2 * decode_control_bytes;
 constexpr int decode_keys_at = 16;
 
-// Bytes between tokens in shared memory for blocks of one head group; contiguous rows are copied as they are.
-inline int decode_slot_bytes(long long nb1, int segment) {
-    if (nb1 - segment >= 0 && nb1 - segment < 32 && nb1 % 4 == 0) {
-        return (int) nb1;
-    }
-    const int need = segment + 30;
-    return need + (int) (((nb1 - need) % 16 + 16) % 16);
-}
-
-// Scratch of a warp: its query operand, later its weights.
-template <class K> PYTQ_HD constexpr int decode_warp_bytes() {
-    return 8 * 4 * 4 * query_words<K>() > 8 * 20 * 4 ? 8 * 4 * 4 * query_words<K>() : 8 * 20 * 4;
-}
-
-// Result rows in shared memory: padded so that lanes meet few banks, and so that four neighbours stay together where
-// they are written and read as such.
-template <class K> PYTQ_HD constexpr bool result_vectors() {
-    return K::d % 128 == 0;
-}
-template <class K> PYTQ_HD constexpr int result_at(int c) {
-    return result_vectors<K>() ? c + 4 * (c / 16) : c + c / (K::d / 8);
-}
-template <class K> PYTQ_HD constexpr int result_row() {
-    return result_vectors<K>() ? K::d / 16 * 20 + 8 : K::d + 8;
-}
-
 // Launch shape of the kernel, from what the caller has set; returns the bytes of shared memory of a team.
 template <class K, class V> int decode_plan_shape(decode_params & p) {
     p.heads_per_block = 1;
@@ -119,18 +51,10 @@ template <class K, class V> int decode_plan_shape(decode_params & p) {
     }
     p.warps_per_head = 8 / p.heads_per_block;
     const int warps = p.warps_per_head * p.heads_per_block, tokens = decode_tile * p.warps_per_head;
-    p.n_rows = p.gqa * p.n_q;
-    p.row_tiles = (p.n_rows + 3) / 4;
-    p.heads_inverse = (65536 + p.heads_per_block - 1) / p.heads_per_block;
-    p.slices_inverse = (65536 + p.warps_per_head - 1) / p.warps_per_head;
-    p.gqa_inverse = (65536 + p.gqa - 1) / p.gqa;
-    p.k_slot = decode_slot_bytes(p.k_nb1, p.heads_per_block * K::block_bytes);
-    p.v_slot = decode_slot_bytes(p.v_nb1, p.heads_per_block * V::block_bytes);
+    decode_common<K, V>(p);
     p.mask_rows = p.n_q == 1 ? 1 : 4;
     p.mask_vectors =
         ((uintptr_t) p.mask | (uintptr_t) p.mask_nb1 | (uintptr_t) p.mask_nb3) % 16 == 0 && p.n_kv % 8 == 0;
-    p.row_scale = p.scale / 32512.0f * (p.softcap != 0.0f ? 1.0f / p.softcap : 1.44269504f);
-    p.hidden = make_hidden_constants();
     const auto stage = [&](int slot) { return (slot * tokens + 64 + 15) / 16 * 16; };
     p.v_at = decode_keys_at + stage(p.k_slot);
     p.mask_at = p.v_at + stage(p.v_slot);
@@ -165,230 +89,6 @@ inline void decode_plan_splits(decode_params & p, int n_sm, int max_teams, int f
 
 #ifdef PYTQ_HAVE_MMA
 
-#ifdef PYTQ_BULK
-
-// Copies the blocks of n_tok tokens (segment bytes each) from src by one warp. Token t's first byte lands at offset
-// to + (src & 15) + t * slot. Announces extra bytes more than it copies.
-PYTQ_DEV void load_tile(int to, const char * src, long long nb1, int slot, int segment, int n_tok, int barrier,
-                        int extra, int lane) {
-    const int lead = (int) ((uintptr_t) src & 15);
-    if (slot == nb1) {
-        if (lane == 0) {
-            const int bytes = (lead + (n_tok - 1) * slot + segment + 15) & ~15;
-            barrier_expect(barrier, bytes + extra);
-            copy_bulk(to, src - lead, bytes, barrier);
-        }
-    } else {
-        int bytes = 0;
-#pragma unroll 1
-        for (int r = lane; r < n_tok; r += 32) {
-            bytes += ((int) ((uintptr_t) (src + r * nb1) & 15) + segment + 15) & ~15;
-        }
-        bytes = __reduce_add_sync(0xffffffffu, bytes);
-        if (lane == 0) {
-            barrier_expect(barrier, bytes + extra);
-        }
-        __syncwarp();
-#pragma unroll 1
-        for (int r = lane; r < n_tok; r += 32) {
-            const char * const row = src + r * nb1;
-            const int off = (int) ((uintptr_t) row & 15);
-            copy_bulk(to + lead + r * slot - off, row - off, (off + segment + 15) & ~15, barrier);
-        }
-    }
-}
-
-#else
-
-// The same by a whole team, 16 bytes at a time.
-PYTQ_DEV void load_tile(int to, const char * src, long long nb1, int slot, int segment, int n_tok, int tid,
-                        int n_threads) {
-    const int lead = (int) ((uintptr_t) src & 15);
-    if (slot == nb1) {
-        const int bytes = lead + (n_tok - 1) * slot + segment;
-        const char * const from = src - lead;
-        for (int c = 16 * tid; c < bytes; c += 16 * n_threads) {
-            copy16_async(to + c, from + c);
-        }
-    } else {
-        const int per_row = (segment + 30) >> 4;
-        for (int i = tid; i < n_tok * per_row; i += n_threads) {
-            const int r = i / per_row, c = i - r * per_row;
-            const char * row = src + r * nb1;
-            const int off = (int) ((uintptr_t) row & 15);
-            if (16 * c < off + segment) {
-                copy16_async(to + lead + r * slot - off + 16 * c, row - off + 16 * c);
-            }
-        }
-    }
-}
-
-#endif
-
-// Walsh-Hadamard transform in natural order of LANES N values: one step per bit of the coordinate, in any order, so it
-// does not matter which of them are the lane's.
-template <int LANES, int N> PYTQ_DEV void walsh(float v[N], int lane) {
-#pragma unroll 1 // runs once: every instruction has to be fetched
-    for (int h = 1; h < LANES; h *= 2) {
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            const float o = __shfl_xor_sync(0xffffffffu, v[i], h);
-            v[i] = lane & h ? o - v[i] : v[i] + o;
-        }
-    }
-#pragma unroll
-    for (int h = 1; h < N; h *= 2) {
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            if (!(i & h)) {
-                const float a = v[i], b = v[i + h];
-                v[i] = a + b, v[i + h] = a - b;
-            }
-        }
-    }
-}
-
-// Head sizes that the graph rotates by a Walsh matrix, and 1 / sqrt(D).
-template <int D> PYTQ_HD constexpr bool walsh_order() {
-    return D == 64 || D == 128 || D == 256;
-}
-template <int D> PYTQ_HD constexpr float walsh_factor() {
-    return D == 64 ? 0.125f : D == 128 ? 0.0883883476f : 0.0625f;
-}
-
-// ALiBi's slope of a head.
-PYTQ_DEV float alibi_slope(const decode_params & p, int head) {
-    return exp2f(head < p.n_head_log2 ? p.slope_log2[0] * (float) (head + 1)
-                                      : p.slope_log2[1] * (float) (2 * (head - p.n_head_log2) + 1));
-}
-
-// tanh in few instructions; the absolute error is 2e-7.
-PYTQ_DEV float tanh_fast(float x) {
-    return 1.0f - __fdividef(2.0f, 1.0f + exp2_fast(2.88539008f * x));
-}
-
-// Coordinate of value i of a lane where a warp holds a row of D: four neighbours where D allows.
-template <int D> PYTQ_DEV int row_coordinate(int i, int lane) {
-    return D % 128 == 0 ? (i >> 2) * 128 + 4 * lane + (i & 3) : 32 * i + lane;
-}
-
-// Values of a row of D that a lane of a warp holds.
-template <int D> PYTQ_DEV void load_row(const float * src, int lane, float * v) {
-#pragma unroll
-    for (int i = 0; i < (D + 31) / 32; i++) {
-        if constexpr (D % 128 == 0) {
-            if (i % 4 == 0) {
-                const float4 f = *(const float4 *) (src + row_coordinate<D>(i, lane));
-                v[i] = f.x, v[i + 1] = f.y, v[i + 2] = f.z, v[i + 3] = f.w;
-            }
-        } else {
-            v[i] = row_coordinate<D>(i, lane) < D ? src[row_coordinate<D>(i, lane)] : 0.0f;
-        }
-    }
-}
-
-PYTQ_DEV int fresh_token(const decode_params & p) {
-    const long long row = p.fresh.row_bytes == 8 ? *(const long long *) p.fresh.row : *(const int *) p.fresh.row;
-    return (int) (row - p.fresh.first_row);
-}
-
-// What the newest token adds to one output row: its logit in units of log2 and its value. Loading and reckoning are
-// apart, so that the way to memory can be hidden.
-template <int D> struct fresh_part {
-    static constexpr int N = (D + 31) / 32;
-    float logit = -INFINITY, q[N], k[N], v[N], bias;
-    PYTQ_DEV void load(const decode_params & p, int token, int head_kv, int row, int lane) {
-        load_row<D>((const float *) (p.q + (head_kv * p.gqa + row) * p.q_nb2), lane, q);
-        load_row<D>(p.fresh.k + head_kv * D, lane, k);
-        load_row<D>(p.fresh.v + head_kv * D, lane, v);
-        bias = p.mask ? __half2float(((const __half *) p.mask)[token]) : 0.0f;
-    }
-    PYTQ_DEV void finish(const decode_params & p, int head_kv, int row) {
-        float dot = 0.0f;
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            dot = fmaf(q[i], k[i], dot);
-        }
-#pragma unroll 1
-        for (int h = 1; h < 32; h *= 2) {
-            dot += __shfl_xor_sync(0xffffffffu, dot, h);
-        }
-        dot *= p.scale;
-        if (p.softcap != 0.0f) {
-            dot = p.softcap * tanh_fast(dot / p.softcap);
-        }
-        const float slope = p.max_bias > 0.0f ? alibi_slope(p, head_kv * p.gqa + row) : 1.0f;
-        logit = bias > -INFINITY ? 1.44269504f * fmaf(slope, bias, dot) : -INFINITY;
-    }
-};
-
-// Normalises, rotates if asked and stores one output row.
-template <int D>
-PYTQ_DEV void store_row(const decode_params & p, int seq, int head_kv, int row, float * v, float top, float sum,
-                        const fresh_part<D> & fresh, int lane) {
-    constexpr int N = (D + 31) / 32;
-    const int iq = (row * p.gqa_inverse) >> 16, head = head_kv * p.gqa + row - iq * p.gqa;
-    float f = 1.0f, f_fresh = 0.0f;
-    if (p.fresh.k) {
-        const float t = fmaxf(top, fresh.logit);
-        f = exp2_fast(top - t), f_fresh = exp2_fast(fresh.logit - t);
-        sum = fmaf(sum, f, f_fresh);
-        top = t;
-    }
-    if (p.sinks) {
-        const float sink = p.sinks[head] * 1.44269504f, t = fmaxf(top, sink), g = exp2f(top - t);
-        f *= g, f_fresh *= g;
-        sum = sum * g + exp2f(sink - t);
-    }
-    const float inv = sum > 0.0f ? __fdividef(1.0f, sum) : 0.0f;
-    f *= inv, f_fresh *= inv;
-    if constexpr (walsh_order<D>()) {
-        if (p.rotate) {
-            walsh<32, N>(v, lane);
-            f *= walsh_factor<D>();
-        }
-    }
-    if (p.fresh.k) {
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            v[i] = fmaf(v[i], f, fresh.v[i] * f_fresh);
-        }
-        f = 1.0f;
-    }
-    float * const out = (float *) p.dst + (((long long) seq * p.n_q + iq) * p.n_head_kv * p.gqa + head) * D;
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-        const int c = row_coordinate<D>(i, lane);
-        if (32 * (i + 1) <= D || c < D) {
-            out[c] = v[i] * f;
-        }
-    }
-}
-
-template <int I> struct constant {
-    static constexpr int value = I;
-};
-
-// One table per group of the keys.
-template <class T, int G> struct key_tables {
-    half_table<T::code, T::template group_bits<G>> table;
-    key_tables<T, G - 1> rest;
-    PYTQ_DEV void init(uint32_t zero) {
-        table.init(zero);
-        rest.init(zero);
-    }
-    template <int H> PYTQ_DEV const auto & of() const {
-        if constexpr (H == G) {
-            return table;
-        } else {
-            return rest.template of<H>();
-        }
-    }
-};
-template <class T> struct key_tables<T, -1> {
-    PYTQ_DEV void init(uint32_t) {}
-};
-
 // A4: blocks keep their alignment to words from token to token, in K and in V.
 template <int KT, int VT, bool A4>
 __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1)
@@ -399,12 +99,9 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1)
     constexpr int D = K::d, N = (D + 31) / 32;
     static_assert(V::d == D, "one head size");
     constexpr int VB = V::bits, VI = index_bits(V::code, VB), QW = query_words<K>(), MT = VS::tiles;
-    constexpr float LOG2E = 1.44269504f, MAGIC = 12582912.0f; // 1.5 * 2^23: int32 sums below 2^22 read as floats
-    constexpr int MAGIC_BITS = 0x4b400000;
     // More values at once would spill registers, fewer keys leave too little to do while a word is on its way (kv4 at
     // 16384 tokens: 21.8 us; 2 and 4: 23.3).
     constexpr int key_unroll = 4, value_unroll = 2;
-    const int magic4[4] = {MAGIC_BITS, MAGIC_BITS, MAGIC_BITS, MAGIC_BITS};
 
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, j = lane & 3;
     const int seq = p.row_tiles == 1 ? blockIdx.z : blockIdx.z / p.row_tiles;
@@ -534,30 +231,8 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1)
     }
 
     // The query is read first: behind the first tile of every block it would wait for all of them. Eight lanes per row.
-    constexpr int QN = D / 8;
-    const auto query_coordinate = [&](int i) {
-        return D % 32 == 0 ? 32 * (i >> 2) + 4 * (lane & 7) + (i & 3) : 8 * i + (lane & 7);
-    };
-    float x[QN];
-    {
-        const int r = row0 + (lane >> 3), iq = (r * p.gqa_inverse) >> 16;
-        const float * const src =
-            (const float *) (p.q + seq * p.q_nb3 + iq * p.q_nb1 + (head_kv * p.gqa + r - iq * p.gqa) * p.q_nb2);
-#pragma unroll
-        for (int i = 0; i < QN; i++) {
-            if constexpr (D % 32 == 0) {
-                if (i % 4 == 0) {
-                    float4 f = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-                    if (r < p.n_rows) {
-                        f = *(const float4 *) (src + query_coordinate(i));
-                    }
-                    x[i] = f.x, x[i + 1] = f.y, x[i + 2] = f.z, x[i + 3] = f.w;
-                }
-            } else {
-                x[i] = r < p.n_rows ? src[query_coordinate(i)] : 0.0f;
-            }
-        }
-    }
+    float x[D / 8];
+    load_query<D>(p, seq, row0, head_kv, lane, x);
 #ifdef PYTQ_BULK
     if (first_loader) {
         __syncwarp();
@@ -573,82 +248,11 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1)
         load_values(tile_begin);
     }
 #endif
-    // Query: 4 rows in 16-bit fixed point through shared memory; high bytes are columns 0..3, low bytes 4..7.
     uint32_t qb[QW];
     float row_factor[2]; // of rows 2 (j & 1) + {0, 1}: logits in units of log2
     float slope[2];
-    {
-        if constexpr (4 * QW * 4 > D) { // places without a coordinate
-            for (int i = lane; i < 8 * 4 * QW; i += 32) {
-                *(uint32_t *) (decode_smem + scratch + 4 * i) = 0u;
-            }
-            __syncwarp();
-        }
-        float m = 0.0f, factor = p.row_scale;
-        if constexpr (walsh_order<D>()) {
-            if (p.rotate_query) {
-                walsh<8, QN>(x, lane);
-                factor *= walsh_factor<D>();
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < QN; i++) {
-            m = fmaxf(m, fabsf(x[i]));
-        }
-#pragma unroll
-        for (int t = 1; t < 8; t *= 2) {
-            m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, t));
-        }
-        const float inv = m > 0.0f ? __fdividef(32512.0f, m) : 0.0f;
-        const int to = scratch + (lane >> 3) * 16 * QW;
-        // low 16 bits: value + 128, so the high byte is rounded and the low byte is offset by 128
-        const auto fixed = [&](int i) { return as_uint(fmaf(x[i], inv, MAGIC + 128.0f)); };
-        if constexpr (query_by_words<K>()) {
-            const uint32_t odd = lane & 1 ? 0x3715u : 0x6240u, upper = lane & 2 ? 0x3276u : 0x5410u;
-#pragma unroll
-            for (int i = 0; i < QN; i += 4) {
-                const uint32_t t01 = permute(fixed(i), fixed(i + 1), 0x5140),
-                               t23 = permute(fixed(i + 2), fixed(i + 3), 0x5140);
-                // the four bytes of a word come from four lanes
-                uint32_t word[2] = {permute(t01, t23, 0x7632), permute(t01, t23, 0x5410) ^ 0x80808080u};
-#pragma unroll
-                for (int n = 0; n < 2; n++) {
-                    word[n] = permute(word[n], __shfl_xor_sync(0xffffffffu, word[n], 1), odd);
-                    word[n] = permute(word[n], __shfl_xor_sync(0xffffffffu, word[n], 2), upper);
-                    const int c = 8 * i + 4 * (lane & 4) + (lane & 3);
-                    *(uint32_t *) (decode_smem + to + n * 4 * 16 * QW + query_byte<K>(c)) = word[n];
-                }
-            }
-        } else {
-#pragma unroll
-            for (int i = 0; i < QN; i++) {
-                const uint32_t t = fixed(i);
-                const int at = to + query_byte<K>(query_coordinate(i));
-                *(uint8_t *) (decode_smem + at) = (uint8_t) (t >> 8);
-                *(uint8_t *) (decode_smem + at + 4 * 16 * QW) = (uint8_t) (t ^ 128u);
-            }
-        }
-#pragma unroll
-        for (int rr = 0; rr < 2; rr++) {
-            row_factor[rr] = __shfl_sync(0xffffffffu, m, 8 * (2 * (j & 1) + rr)) * factor;
-        }
-#pragma unroll
-        for (int rr = 0; rr < 2; rr++) {
-            slope[rr] = LOG2E;
-            if (p.max_bias > 0.0f) {
-                const int rq = min(row0 + 2 * (j & 1) + rr, p.n_rows - 1);
-                const int head = head_kv * p.gqa + rq - ((rq * p.gqa_inverse) >> 16) * p.gqa;
-                slope[rr] *= alibi_slope(p, head);
-            }
-        }
-        __syncwarp();
-#pragma unroll
-        for (int w = 0; w < QW; w++) {
-            qb[w] = shared_word(scratch + 4 * ((g * 4 + j) * QW + w));
-        }
-        __syncwarp();    // the weights will go to the same place
-        __syncthreads(); // the barriers exist
-    }
+    stage_query<K>(p, row0, head_kv, lane, scratch, x, qb, row_factor, slope);
+    __syncthreads(); // the barriers exist
 
     float o[VS::n_windows][MT][4];
     float top[2] = {-1e30f, -1e30f}, sum[2] = {0.0f, 0.0f};
@@ -744,30 +348,15 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1)
                             key_levels<K, G, W>(k_table.template of<G>(), p.hidden, bias,
                                                 A4 ? k_bits : k_bits + 8u * (uint32_t) u, A4 ? u : 0, j, a[half]);
                         }
-                        constexpr int Q = kg::first_word() + W * 2 * kg::steps;
-#pragma unroll
-                        for (int s = 0; s < kg::steps; s++) {
-                            const int lo = kg::steps == 4 ? 2 * s : 4 * s, hi = kg::steps == 4 ? 2 * s + 1 : 4 * s + 2;
-                            mma_s8s8_k32(acc, a[0][lo], a[1][lo], a[0][hi], a[1][hi], qb[Q + 2 * s], qb[Q + 2 * s + 1],
-                                         W == 0 && s == 0 ? magic4 : acc);
-                        }
+                        key_product<K, G, W>(acc, a, qb);
                     };
                     one_window(constant<0>());
                     if constexpr (kg::n_windows == 2) {
                         one_window(constant<1>());
                     }
-                    // Lanes j < 2 hold the high bytes' products, lanes j >= 2 the low bytes'; afterwards each lane has
-                    // both for one token.
                     const float scale =
                         block_scale<K, G>(k_scale_at + 16 * i * p.k_slot) * book<K::code, kg::bits>::step();
-#pragma unroll
-                    for (int rr = 0; rr < 2; rr++) {
-                        const float first = __int_as_float(acc[rr]) - MAGIC,
-                                    second = __int_as_float(acc[2 + rr]) - MAGIC;
-                        const float other = __shfl_xor_sync(0xffffffffu, j < 2 ? second : first, 2);
-                        const float dot = j < 2 ? fmaf(first, 256.0f, other) : fmaf(other, 256.0f, second);
-                        part[rr] = fmaf(dot, scale * row_factor[rr], part[rr]);
-                    }
+                    add_logits(acc, scale, row_factor, j, part);
                 };
                 group(constant<0>());
                 if constexpr (K::n_groups > 1) {
@@ -832,33 +421,12 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1)
         for (int i = 0; i < 4; i++) {
             lv[i] = block_log2_scale<V>(v_scale_at + 16 * i * p.v_slot);
         }
+        uint32_t w[2][4];
+        weigh<4>(logit, lv, j, top, sum, alpha, beta, w);
 #pragma unroll
         for (int rr = 0; rr < 2; rr++) {
-            float m = -1e30f;
-            float u[4];
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                u[i] = logit[i][rr] + lv[i];
-                m = fmaxf(m, u[i]);
-            }
-            m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 2));
-            m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 4));
-            m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 8));
-            m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 16));
-            const float top_new = fmaxf(top[rr], m);
-            alpha[rr] = exp2_fast(top[rr] - top_new);
             grew |= alpha[rr] != 1.0f;
-            beta[rr] = exp2_fast(m - top_new) * (j < 2 ? 256.0f / 65280.0f : 1.0f / 65280.0f);
-            top[rr] = top_new;
-            uint32_t w[4];
-            float l = 0.0f;
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                l += exp2_fast(logit[i][rr] - top_new);
-                w[i] = as_uint(fmaf(exp2_fast(u[i] - m), 65280.0f, 8388608.0f));
-            }
-            sum[rr] = fmaf(sum[rr], alpha[rr], l);
-            const uint32_t w01 = permute(w[0], w[1], 0x5140), w23 = permute(w[2], w[3], 0x5140);
+            const uint32_t w01 = permute(w[rr][0], w[rr][1], 0x5140), w23 = permute(w[rr][2], w[rr][3], 0x5140);
             uint32_t * const dst = (uint32_t *) (decode_smem + scratch) + (2 * (j & 1) + rr) * 20 + 8 * (j >> 1) + g;
             dst[0] = permute(w01, w23, 0x7632);      // high bytes
             dst[4 * 20] = permute(w01, w23, 0x5410); // low bytes
@@ -888,33 +456,13 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1)
                 uint32_t pair[2][VI]; // index planes of tokens (0, 2) and (1, 3): bytes A0 B0 A1 B1
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
-                    uint32_t win[2][VI];
-#pragma unroll
-                    for (int n = 0; n < 2; n++) {
-                        const int u = (16 * (h + 2 * n) + 8 * (quarter & 1) + (quarter >> 1)) * p.v_slot;
-                        // the window's upper half is this lane's coordinates, the lower half the 16 before
-                        uint32_t plane[VB];
-                        windows<V, VB, W * VS::width>(A4 ? v_bits : v_bits + 8u * (uint32_t) u, A4 ? u : 0, plane);
-                        if constexpr (V::code == PYTQ_CODE_TRELLIS && W == 0) {
-                            plane[0] &= history;
-                        }
-                        index_planes<V::code, VB, false>(plane, 0u, win[n]);
-                    }
-#pragma unroll
-                    for (int b = 0; b < VI; b++) {
-                        pair[h][b] = permute(win[0][b], win[1][b], 0x7362);
-                    }
+                    const int u = (16 * h + 8 * (quarter & 1) + (quarter >> 1)) * p.v_slot;
+                    value_pair<V, W, A4>(v_bits, u, 32 * p.v_slot, history, pair[h]);
                 }
 #pragma unroll
                 for (int unit = 0; unit < 2; unit++) { // low, high nibbles of the bytes
-                    uint32_t index[VI], lev[8];
-#pragma unroll
-                    for (int b = 0; b < VI; b++) {
-                        index[b] = unit == 0 ? blend(0x0f0f0f0fu, pair[0][b], pair[1][b] << 4)
-                                             : blend(0x0f0f0f0fu, pair[0][b] >> 4, pair[1][b]);
-                    }
-                    fold_sign<V::code, VB>(index);
-                    folded_levels<V::code, VB>(v_table, p.hidden, bias, index, lev);
+                    uint32_t lev[8];
+                    value_levels<V>(v_table, p.hidden, bias, pair, unit, lev);
 #pragma unroll
                     for (int m = 0; m < MT; m++) {
                         if (VS::unit(m) == unit) {
@@ -972,13 +520,7 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1)
 #pragma unroll
         for (int w = 0; w < VS::n_windows; w++) {
             float y[VS::width];
-#pragma unroll
-            for (int m = 0; m < MT; m++) {
-                const float lo_a = __shfl_xor_sync(0xffffffffu, j_ < 2 ? o[w][m][1] : o[w][m][0], 2);
-                const float lo_b = __shfl_xor_sync(0xffffffffu, j_ < 2 ? o[w][m][3] : o[w][m][2], 2);
-                y[VS::first(m)] = ((j_ < 2 ? o[w][m][0] : o[w][m][1]) + lo_a) * step;
-                y[VS::second(m)] = ((j_ < 2 ? o[w][m][2] : o[w][m][3]) + lo_b) * step;
-            }
+            result_values<V>(o[w], j_, step, y);
             const int c = g_ * VS::per_lane + w * VS::width;
 #pragma unroll
             for (int i = 0; i < VS::width; i++) {
@@ -1034,17 +576,8 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1)
                 cluster_load<2>(meta[i], at, block);
             }
         }
-        float all = fmaxf(meta[0][0], meta[1][0]);
-#pragma unroll
-        for (int s = 1; s < 32; s *= 2) {
-            all = fmaxf(all, __shfl_xor_sync(0xffffffffu, all, s));
-        }
-        const float f[2] = {exp2_fast(meta[0][0] - all), exp2_fast(meta[1][0] - all)};
-        float total = meta[0][1] * f[0] + meta[1][1] * f[1];
-#pragma unroll
-        for (int s = 1; s < 32; s *= 2) {
-            total += __shfl_xor_sync(0xffffffffu, total, s);
-        }
+        float f[2], all, total;
+        join_factors(meta, f, all, total);
         float v[N];
 #pragma unroll
         for (int i = 0; i < N; i++) {
@@ -1063,15 +596,7 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1)
                     cluster_load<result_vectors<K>() ? 4 : 1>(&y[q][i], at + 4 * result_at<K>(c), block);
                 }
             }
-#pragma unroll
-            for (int q = 0; q < 4; q++) {
-                const int s = s0 + q;
-                const float w = __shfl_sync(0xffffffffu, s < 32 ? f[0] : f[1], s & 31);
-#pragma unroll
-                for (int i = 0; i < N; i++) {
-                    v[i] = fmaf(y[q][i], s < sources ? w : 0.0f, v[i]);
-                }
-            }
+            join_add<N>(y, s0, sources, f, v);
         }
         const int h = blockIdx.y * p.heads_per_block + head;
         if (p.n_parts == 1) {

@@ -103,6 +103,33 @@ template <bool PUBLISH> PYTQ_DEV void cluster_sync(int cluster) {
         __syncthreads();
     }
 }
+#ifdef PYTQ_BULK
+// The two halves of a meeting of the cluster's blocks; what a block wrote before it arrived is visible after the wait.
+PYTQ_DEV void cluster_arrive() {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+PYTQ_DEV void cluster_wait() {
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// Writes N (2 or 4) floats to a byte offset in the shared memory of a block of the cluster, and counts them at a
+// barrier there.
+template <int N> PYTQ_DEV void cluster_push(const float * x, int at, uint32_t rank, int barrier) {
+    static_assert(N == 2 || N == 4, "8 or 16 bytes");
+    uint32_t a, b;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(a) : "r"(shared_address(at)), "r"(rank));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(b) : "r"(shared_address(barrier)), "r"(rank));
+    if constexpr (N == 4) {
+        asm volatile(
+            "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(a),
+            "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]), "r"(b)
+            : "memory");
+    } else {
+        asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(a),
+                     "f"(x[0]), "f"(x[1]), "r"(b)
+                     : "memory");
+    }
+}
+#endif
 // N floats at a byte offset in the shared memory of a block of the cluster; four at a time need alignment.
 template <int N> PYTQ_DEV void cluster_load(float * x, int at, uint32_t rank) {
 #if defined(PYTQ_PTX) && __CUDA_ARCH__ >= 900

@@ -24,6 +24,15 @@ bool dependent_launch(const void * kernel) {
 #endif
 }
 
+// attention-short.cuh has been executed under a shim only: not before it is asked for.
+bool short_kernel() {
+    static const bool enabled = [] {
+        const char * e = getenv("PYTQ_CUDA_SHORT");
+        return e != nullptr && atoi(e) != 0;
+    }();
+    return enabled;
+}
+
 template <int KT, int VT>
 bool run(ggml_backend_cuda_context * ctx, ggml_tensor * dst, const pytq_cuda_fresh * fresh, bool check) {
     if (check) {
@@ -44,8 +53,12 @@ bool run(ggml_backend_cuda_context * ctx, ggml_tensor * dst, const pytq_cuda_fre
     const int id = ggml_cuda_get_device();
     const auto & info = ggml_cuda_info().devices[id];
     const int cluster = ggml_cuda_highest_compiled_arch(info.cc) >= GGML_CUDA_CC_HOPPER ? 1 : 0;
-    const pytq::decode_device device = {id, info.nsm, (int) info.smpbo, cluster ? pytq::decode_few_cluster : 1,
-                                        cluster ? pytq::decode_many_cluster : 1};
+    const pytq::decode_device device = {id,
+                                        info.nsm,
+                                        (int) info.smpbo,
+                                        cluster ? pytq::decode_few_cluster : 1,
+                                        cluster ? pytq::decode_many_cluster : 1,
+                                        cluster && short_kernel() ? pytq::short_max_cluster : 0};
     pytq::decode_plan plan;
     CUDA_CHECK((pytq::decode_prepare<KT, VT, both>(p, plan, device)));
     const size_t rows = std::max<size_t>(1, pytq::decode_part_rows(p));

@@ -33,6 +33,7 @@ struct attention {
     int rotate = 0;                                   // the result; with fresh >= 0 the query too
     int fresh = -1;                                   // the newest token, which is not in the cache yet
     int n_sm = 4, shared = 232448, few = 0, many = 0; // device; largest clusters, 0: its own
+    int short_ = 0;                                   // largest cluster of attention_short, 0: not used
     int together = 0;                                 // all blocks of a launch at once
     int seed = 0;                                     // order of threads; 0: lockstep
 
@@ -41,7 +42,8 @@ struct attention {
                 {"n_q", &n_q},       {"n_seq", &n_seq}, {"mask", &mask},   {"permuted", &permuted},
                 {"odd", &odd},       {"sinks", &sinks}, {"alibi", &alibi}, {"softcap", &softcap},
                 {"rotate", &rotate}, {"fresh", &fresh}, {"n_sm", &n_sm},   {"shared", &shared},
-                {"few", &few},       {"many", &many},   {"seed", &seed},   {"together", &together}};
+                {"few", &few},       {"many", &many},   {"seed", &seed},   {"together", &together},
+                {"short", &short_}};
     }
 };
 
@@ -260,6 +262,7 @@ template <int KT, int VT> void run(const attention & a, const std::string & line
     constexpr bool clusters = false;
 #endif
     check_cuda(pytq::decode_device_of(0, clusters, of));
+    of.short_cluster = a.short_;
     if (a.few > 0) {
         of.few_cluster = a.few;
     }
@@ -324,10 +327,11 @@ template <int KT, int VT> void run(const attention & a, const std::string & line
     }
     const double error = sqrt(err / (norm + 1e-30));
     printf("%s rows=%d splits=%d cluster=%d parts=%d teams=%d warps=%d tiles=%d aligned=%d ranges=%d%d vectors=%d "
+           "is_short=%d "
            "error=%.3g row_error=%.3g\n",
            line.c_str(), n_rows, p.n_splits, p.cluster, p.n_parts, p.teams, p.warps_per_head * p.heads_per_block,
            p.tiles_each, plan.aligned, p.k_slot == p.k_nb1, p.v_slot == p.v_nb1, p.mask_vectors && a.mask,
-           std::isfinite(error) ? error : INFINITY, worst);
+           plan.is_short, std::isfinite(error) ? error : INFINITY, worst);
     fflush(stdout);
 }
 

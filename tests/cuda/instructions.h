@@ -99,8 +99,9 @@ struct mbarrier {
 
     static constexpr uint16_t MAGIC = 0x6d62;
 
-    static mbarrier & at(int offset) {
-        mbarrier & b = *(mbarrier *) (gpu().dynamic + offset);
+    static mbarrier & at(int offset) { return at(gpu().dynamic, offset); }
+    static mbarrier & at(char * memory, int offset) {
+        mbarrier & b = *(mbarrier *) (memory + offset);
         if (offset % 8 || b.magic != MAGIC || b.phase > 1 || b.pending > 1) {
             fail("a barrier that was not initialised, or was overwritten");
         }
@@ -148,6 +149,35 @@ inline void cluster_barrier(bool publish) {
     m.pause(wait::cluster);
 }
 
+// Block `rank` of this block's cluster.
+inline block_state & cluster_block(uint32_t rank) {
+    machine & m = gpu();
+    size_t first = 0;
+    while (m.blocks[first].get() != m.current->cluster) {
+        first++;
+    }
+    if (first + rank >= m.blocks.size() || m.blocks[first + rank]->cluster != m.current->cluster) {
+        fail("a block that is not in the cluster");
+    }
+    return *m.blocks[first + rank];
+}
+
+// n floats into the shared memory of a block of the cluster, counted at a barrier there.
+inline void cluster_write(const float * x, int at, uint32_t rank, int n, int barrier) {
+    machine & m = gpu();
+    block_state & other = cluster_block(rank);
+    const size_t bytes = sizeof(float) * (size_t) n;
+    if (other.left) {
+        fail("a store to a block that has left");
+    }
+    if (at < 0 || at + bytes > m.dynamic_bytes || at % bytes) {
+        fail("a store to a cluster outside the block's shared memory, or not aligned");
+    }
+    char * const memory = &other == m.current ? m.dynamic : other.image.data() + (m.dynamic - m.shared);
+    memcpy(memory + at, x, bytes);
+    mbarrier::at(memory, barrier).change(0, -(int) bytes);
+}
+
 inline void cluster_read(float * x, int at, uint32_t rank, int n) {
     machine & m = gpu();
     const size_t i = (size_t) (m.dynamic - m.shared + at), bytes = sizeof(float) * (size_t) n;
@@ -158,14 +188,7 @@ inline void cluster_read(float * x, int at, uint32_t rank, int n) {
         memcpy(x, m.dynamic + at, bytes);
         return;
     }
-    size_t first = 0;
-    while (m.blocks[first].get() != m.current->cluster) {
-        first++;
-    }
-    if (first + rank >= m.blocks.size() || m.blocks[first + rank]->cluster != m.current->cluster) {
-        fail("a load from a block that is not in the cluster");
-    }
-    const block_state & other = *m.blocks[first + rank];
+    const block_state & other = cluster_block(rank);
     if (other.left) {
         fail("a load from a block that has left");
     }
@@ -280,6 +303,18 @@ template <bool PUBLISH> void cluster_sync(int cluster) {
         __syncthreads();
     }
 }
+#ifdef PYTQ_BULK
+// Arriving is part of waiting here: nobody goes on before all have come, which is no less than the hardware asks for.
+inline void cluster_arrive() {}
+inline void cluster_wait() {
+    if (!shim::faulty("meet")) {
+        shim::cluster_barrier(true);
+    }
+}
+template <int N> void cluster_push(const float * x, int at, uint32_t rank, int barrier) {
+    shim::cluster_write(x, at, rank, N, barrier);
+}
+#endif
 template <int N> void cluster_load(float * x, int at, uint32_t rank) {
     shim::cluster_read(x, at, rank, N);
 }

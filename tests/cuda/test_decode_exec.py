@@ -55,6 +55,7 @@ MORE = [
     "n_kv=4000 heads=8 gqa=4 n_sm=64 few=1 many=4 together=1 fresh=3999",
     "n_kv=19300 heads=4 gqa=1 n_sm=151 few=1 rotate=1",
     "n_kv=3001 heads=1 gqa=8 permuted=1 softcap=15 n_sm=5 few=4",
+    "n_kv=30 heads=8 gqa=2 fresh=29",
     "n_kv=900 heads=6 gqa=2 n_q=4 n_seq=3 mask=2 sinks=1 rotate=1 alibi=1 n_sm=3",
     "n_kv=700 heads=32 gqa=1 mask=1 n_sm=16 shared=50000",
     "n_kv=2047 heads=5 gqa=3 mask=1 n_sm=7 shared=101376",
@@ -105,6 +106,8 @@ def cases(pairs: list[Pair]) -> list[str]:
             if not walsh_order(dim):
                 shape = shape.replace("rotate=1", "")
             out.append(f"k={k} v={v} d={dim} {shape} {next(orders)}")
+            if int(shape.split()[0].removeprefix("n_kv=")) <= 1024:
+                out.append(f"{out[-1]} short=8")  # by the kernel for short caches
         next(orders)
     return out
 
@@ -147,9 +150,8 @@ def check(program: Path, lines: list[str]) -> list[Result]:
     return results
 
 
-def assert_found(program: Path, fault: str) -> None:
+def assert_found(program: Path, fault: str, line: str = "n_kv=1900 heads=8 gqa=4 mask=1 n_sm=8") -> None:
     """A function of the shim that does something else makes the result wrong, or ends the program."""
-    line = "n_kv=1900 heads=8 gqa=4 mask=1 n_sm=8"
     status, message, results = run(program, [line], f"fault={fault}")
     ended = status == 3 and message.startswith("shim: ")
     assert ended or (status == 0 and not results[0].right), fault
@@ -164,6 +166,10 @@ def test_every_pair(tmp_path: Path, host_compiler: list[str], reference: list[Pa
         return
     results = [result for result in results if (result["k"], result["v"], int(result["d"])) == FIRST]
     assert {result.number("teams") for result in results} == {1, 2}
+    short = [result for result in results if result["is_short"] == "1"]
+    assert {result.number("cluster") for result in short} == {1, 2, 4, 8}
+    assert {result["aligned"] for result in short} == {"0", "1"}
+    results = [result for result in results if result["is_short"] == "0"]
     assert {result.number("cluster") for result in results} == {1, 2, 4, 8}
     assert {result["aligned"] for result in results} == {"0", "1"}
     # tokens copied one by one and as one range; masks in whole vectors and not
@@ -178,7 +184,9 @@ def test_every_pair(tmp_path: Path, host_compiler: list[str], reference: list[Pa
 
 def test_before_capability_9(tmp_path: Path, host_compiler: list[str], reference: list[Path]) -> None:
     program = compile_program(host_compiler, reference, tmp_path, OLDER, "-DSHIM_NO_BULK")
-    results = check(program, [re.sub(r"(few|many)=\d", "", line) for line in cases(OLDER)])
+    results = check(
+        program, list(dict.fromkeys(re.sub(r" (few|many|short)=\d", "", line) for line in cases(OLDER)))
+    )
     assert {result.number("teams") for result in results} == {1, 2}
     assert {result.number("cluster") for result in results} == {1}
     for fault in ("values", "wait", "publish"):

@@ -4,7 +4,8 @@
 //   attention_bench check            every compiled pair: shapes, masks, sinks, soft-cap, ALiBi, rotated output, f16
 //   slices attention_bench sanitize         the same on small sizes only attention_bench time [n_kv ...]  decode
 //   attention over rotating caches larger than L2, in CUDA graphs; f16 slices
-// Prints one JSON object per line; exit code 1 if a check fails.
+// SHORT=8 in the environment: short caches by attention_short. Prints one JSON object per line; exit code 1 if a check
+// fails.
 #include "../../csrc/cuda/attention-launch.cuh"
 #include "../../csrc/cuda/decode-values.cuh"
 #include "../../csrc/cuda/encode-launch.cuh"
@@ -90,6 +91,9 @@ template <int KT, int VT> struct runner {
         device.n_sm = sms;
         if (getenv("CLUSTER")) { // of many splits
             device.many_cluster = atoi(getenv("CLUSTER"));
+        }
+        if (getenv("SHORT")) { // largest cluster of attention_short
+            device.short_cluster = atoi(getenv("SHORT"));
         }
         CHECK((pytq::decode_prepare<KT, VT>(p, plan, device)));
         const size_t n = std::max<size_t>(1, pytq::decode_part_rows(p)), n_out = (size_t) n_head * a.n_q * K::d;
@@ -222,10 +226,10 @@ template <int KT, int VT> static void check_attention(const char * name, attenti
     failed |= !ok;
     printf("{\"check\": \"attention\", \"types\": \"%s\", \"n_kv\": %d, \"n_head_kv\": %d, \"gqa\": %d, \"n_q\": %d, "
            "\"mask\": %d, \"softcap\": %g, \"permuted\": %d, \"extras\": %d, \"fresh\": %d, \"splits\": %d, "
-           "\"cluster\": %d, "
+           "\"cluster\": %d, \"short\": %d, "
            "\"rel_err\": %.3g, \"bad\": %d, \"bad_at\": %d, \"ok\": %s}\n",
            name, a.n_kv, a.n_head_kv, a.gqa, a.n_q, with_mask, a.softcap, a.permuted, a.extras, a.fresh, r.p.n_splits,
-           r.p.cluster, rel, bad, bad_at, ok ? "true" : "false");
+           r.p.cluster, r.plan.is_short, rel, bad, bad_at, ok ? "true" : "false");
     r.free_all();
     cudaFree(dq), cudaFree(dkq), cudaFree(dvq), cudaFree(dm);
 }
@@ -292,6 +296,23 @@ template <int KT, int VT> static void time_attention(const char * name, attentio
     cudaFree(q), cudaFree(k), cudaFree(v), cudaFree(mask);
 }
 
+// 128 KiB of instructions that every multiprocessor runs through once. Lets the next kernel be launched at its start.
+__global__ void fill_instruction_caches(float * x) {
+    pytq::grid_trigger();
+    pytq::grid_wait();
+    float v[4] = {x[0], x[1], x[2], x[3]};
+#pragma unroll
+    for (int i = 0; i < 2048; i++) {
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            v[n] = fmaf(v[n], 1.0f + 1e-6f * (float) (4 * i + n), 0.5f);
+        }
+    }
+    if (v[0] + v[1] + v[2] + v[3] == 12345.0f) { // never; keeps the sums
+        x[0] = 0.0f;
+    }
+}
+
 // One layer as the backend runs it. fresh: the newest token is encoded on another stream beside attention; otherwise by
 // a launch in front of it, which also rotates the queries.
 template <int KT, int VT> static void time_layer(const char * name, int n_kv, int sms, bool fresh) {
@@ -348,34 +369,52 @@ template <int KT, int VT> static void time_layer(const char * name, int n_kv, in
         CHECK((pytq::decode_launch_one(run.kernel, dim3(run.blocks), run.threads, run.shared_bytes, 1, dependent, st,
                                        job)));
     };
-    cudaGraph_t graph;
-    cudaGraphExec_t exec;
-    CHECK(cudaStreamBeginCapture(st, cudaStreamCaptureModeGlobal));
-    for (int s = 0; s < sets; s++) {
-        encode(k + s * ks, v + s * vs);
-        r.run(fresh ? q : turned, k + s * ks, v + s * vs, (char *) mask, st);
-        if (fresh) {
-            CHECK(cudaStreamWaitEvent(st, done, 0));
-        }
-    }
-    CHECK(cudaStreamEndCapture(st, &graph));
-    CHECK(cudaGraphInstantiate(&exec, graph, 0));
     cudaEvent_t e0, e1;
     CHECK(cudaEventCreate(&e0));
     CHECK(cudaEventCreate(&e1));
-    std::vector<double> all;
-    for (int i = 0; i < 12; i++) {
-        float ms;
-        CHECK(cudaEventRecord(e0, st));
-        CHECK(cudaGraphLaunch(exec, st));
-        CHECK(cudaEventRecord(e1, st));
-        CHECK(cudaEventSynchronize(e1));
-        CHECK(cudaEventElapsedTime(&ms, e0, e1));
-        all.push_back(1e3 * ms / sets);
-    }
-    std::sort(all.begin(), all.end());
-    printf("{\"time\": \"layer\", \"types\": \"%s\", \"n_kv\": %d, \"fresh\": %d, \"us\": %.2f, \"splits\": %d}\n",
-           name, n_kv, fresh, all[all.size() / 2], r.p.n_splits);
+    // between: whether another kernel runs before every layer, as in a model, and takes its place in the instruction
+    // caches
+    const auto median = [&](bool layers, bool between) {
+        cudaGraph_t graph;
+        cudaGraphExec_t exec;
+        CHECK(cudaStreamBeginCapture(st, cudaStreamCaptureModeGlobal));
+        for (int s = 0; s < sets; s++) {
+            if (between) {
+                CHECK((pytq::decode_launch_one(fill_instruction_caches, dim3((unsigned) sms), 128, 0, 1, dependent, st,
+                                               turned)));
+                if (layers && fresh && s > 0) {
+                    CHECK(cudaStreamWaitEvent(st, done, 0));
+                }
+            }
+            if (layers) {
+                encode(k + s * ks, v + s * vs);
+                r.run(fresh ? q : turned, k + s * ks, v + s * vs, (char *) mask, st);
+            }
+            if (layers && fresh && (!between || s == sets - 1)) {
+                CHECK(cudaStreamWaitEvent(st, done, 0));
+            }
+        }
+        CHECK(cudaStreamEndCapture(st, &graph));
+        CHECK(cudaGraphInstantiate(&exec, graph, 0));
+        std::vector<double> all;
+        for (int i = 0; i < 25; i++) {
+            float ms;
+            CHECK(cudaEventRecord(e0, st));
+            CHECK(cudaGraphLaunch(exec, st));
+            CHECK(cudaEventRecord(e1, st));
+            CHECK(cudaEventSynchronize(e1));
+            CHECK(cudaEventElapsedTime(&ms, e0, e1));
+            all.push_back(1e3 * ms / sets);
+        }
+        CHECK(cudaGraphExecDestroy(exec));
+        CHECK(cudaGraphDestroy(graph));
+        std::sort(all.begin(), all.end());
+        return all[all.size() / 2];
+    };
+    const double warm = median(true, false), cold = median(true, true) - median(false, true);
+    printf("{\"time\": \"layer\", \"types\": \"%s\", \"n_kv\": %d, \"fresh\": %d, \"us\": %.2f, \"us_cold\": %.2f, "
+           "\"splits\": %d, \"short\": %d}\n",
+           name, n_kv, fresh, warm, cold, r.p.n_splits, r.plan.is_short);
     fflush(stdout);
     r.free_all();
     for (void * m :

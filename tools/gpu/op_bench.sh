@@ -21,13 +21,19 @@ for harness in op_bench attention_bench prefill_bench; do
 done
 for mode in "$@"; do
     case $mode in
-        check | time) for harness in op_bench attention_bench prefill_bench; do "$build/$harness" "$mode" | tee "$out/${harness}_$mode.jsonl"; done ;;
+        check | time)
+            for harness in op_bench attention_bench prefill_bench; do "$build/$harness" "$mode" | tee "$out/${harness}_$mode.jsonl"; done
+            sizes=; [ "$mode" = check ] || sizes="256 512 1024"
+            # shellcheck disable=SC2086
+            SHORT=8 "$build/attention_bench" "$mode" $sizes | tee "$out/attention_short_$mode.jsonl" ;;
         sanitize)
             for tool in memcheck racecheck; do
                 for harness in attention_bench prefill_bench; do
-                    timeout 150 compute-sanitizer --tool $tool "$build/$harness" sanitize > "$out/sanitize_${tool}_$harness.log" 2>&1 || true
+                    SHORT=8 timeout 150 compute-sanitizer --tool $tool "$build/$harness" sanitize > "$out/sanitize_${tool}_$harness.log" 2>&1 || true
                     tail -n 3 "$out/sanitize_${tool}_$harness.log"
                 done
+                timeout 150 compute-sanitizer --tool $tool "$build/attention_bench" sanitize > "$out/sanitize_${tool}_decode.log" 2>&1 || true
+                tail -n 3 "$out/sanitize_${tool}_decode.log"
             done ;;
         ncu)  # per-instruction stall samples of the decode kernel and of the encoder
             ncu --clock-control none --kernel-name regex:attention_decode --launch-skip 8 --launch-count 1 --set full --import-source no \
