@@ -10,7 +10,6 @@ import pytest
 
 from tests.shim.toolchain import BASE_FLAGS
 
-pytestmark = pytest.mark.slow
 HERE = Path(__file__).resolve().parent
 
 KINDS = {"bulk": [], "older": ["-DSHIM_NO_BULK"]}
