@@ -17,7 +17,7 @@ constexpr bool pytq_decode_rotates_output = true; // head sizes 64, 128, 256
 // instance for the values' type. check: only tell.
 #define PYTQ_DECODE_FAMILIES(X) X(turbo2) X(turbo3) X(turbo4) X(kv2) X(kv3) X(kv4) X(kv5) X(kv2s) X(kv3s) X(kv4s)
 
-// The newest token, which attention takes as it was before compression (decode_fresh in cuda/attention-decode.cuh).
+// The newest token, which attention takes as it was before compression (decode_fresh in cuda/decode-parts.cuh).
 struct pytq_cuda_fresh {
     const void *k, *v, *row;
     int row_bytes;
