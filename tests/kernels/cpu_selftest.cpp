@@ -1,7 +1,7 @@
 // Compares every CPU tier of this machine (or of qemu's) with the reference: encoder and decoder to the bit, attention to
 // the scalar tier to the bit and to a double precision sum within a bound. Standalone, so that it can be cross-compiled:
 //   g++ -std=c++17 -O2 -ffp-contract=off -Icsrc tests/kernels/cpu_selftest.cpp <csrc/{ref/*.c,cpu/*.c,cpu/*.cpp} objects> -lm
-// Usage: cpu_selftest [--quick] [TIER...]   (--quick: fewer vectors and lengths, for emulators)   exit code 0 if all agree, 1 if not, 2 if a tier named on the command line is missing.
+// Usage: cpu_selftest [--quick] [--every N] [TIER...]   (--quick: fewer vectors and lengths, for emulators; --every: every N-th type only)   exit code 0 if all agree, 1 if not, 2 if a tier named on the command line is missing.
 #include "cpu/attention.h"
 
 #include <algorithm>
@@ -46,6 +46,7 @@ static float half_value(uint16_t h) {
 
 static int failures = 0, checks = 0;
 static bool quick = false;
+static int every = 1; // types that are tested: every so many
 static unsigned tier_caps = 0;
 static void check(bool ok, const char *what, const char *tier, const char *name, double value) {
     checks++;
@@ -79,7 +80,7 @@ static void fill(float *x, int d, int kind) {
 
 static void test_codec(const char *tier) {
     const int n_vec = quick ? 16 : 96;
-    for (int i = 0; const pytq_type_info *t = pytq_type_at(i); i++) {
+    for (int i = 0; const pytq_type_info *t = pytq_type_at(i); i += every) {
         const int d = t->head_dim;
         std::vector<float> x((size_t) n_vec * d), f0(x.size()), f1(x.size());
         std::vector<uint8_t> a((size_t) n_vec * t->block_bytes), b(a.size(), 0xa5);
@@ -129,7 +130,7 @@ static void test_fwht(const char *tier) {
 
 // Encoding with the transform in front: the bytes of the transform, then the reference encoder.
 static void test_rotated_codec(const char *tier) {
-    for (int i = 0; const pytq_type_info *t = pytq_type_at(i); i++) {
+    for (int i = 0; const pytq_type_info *t = pytq_type_at(i); i += every) {
         const int d = t->head_dim, n_vec = 11;  // no multiple of the vectors that are encoded together
         if (!pytq_fwht_supported(d)) {
             continue;
@@ -329,7 +330,7 @@ static void test_tier(const char *tier) {
     test_fwht(tier);
     static const int odd[] = {1, 2, 7, 15, 16, 17, 31, 33, 63, 127, 128, 129, 255, 300, 513};
     const shape decode = {1, 200, 8, 2, 1, true, false, false, 0.0f, 1};
-    for (int i = 0; const pytq_type_info *t = pytq_type_at(i); i++) {
+    for (int i = 0; const pytq_type_info *t = pytq_type_at(i); i += every) {
         shape c = decode;
         for (int n : odd) {
             if (quick && n != 1 && n != 17 && n != 63 && n != 129) {
@@ -371,6 +372,11 @@ int main(int argc, char **argv) {
         quick = true;
         argc--;
         argv++;
+    }
+    if (argc > 2 && std::strcmp(argv[1], "--every") == 0) {
+        every = std::max(1, std::atoi(argv[2]));
+        argc -= 2;
+        argv += 2;
     }
     for (const auto &t : tiers) {
         bool named = false;
