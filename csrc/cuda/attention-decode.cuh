@@ -567,37 +567,24 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1)
             block = s & (p.cluster - 1);
             return ((s >> p.cluster_log2) * p.heads_per_block + head) * 4 + row;
         };
-        float meta[2][2] = {{-1e30f, 0.0f}, {-1e30f, 0.0f}}; // (top, sum) of sources lane, lane + 32; at most 64
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            if (lane_ + 32 * i < sources) {
+        float v[N], all, total;
+        join_sources<N>(
+            sources, lane_,
+            [&](int source, float * x) {
                 int block;
-                const int at = meta_at + 8 * source_row(lane_ + 32 * i, block);
-                cluster_load<2>(meta[i], at, block);
-            }
-        }
-        float f[2], all, total;
-        join_factors(meta, f, all, total);
-        float v[N];
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            v[i] = 0.0f;
-        }
-#pragma unroll 1 // runs few times: every instruction has to be fetched
-        for (int s0 = 0; s0 < sources; s0 += 4) {
-            float y[4][N];
-#pragma unroll
-            for (int q = 0; q < 4; q++) {
+                const int at = meta_at + 8 * source_row(source, block);
+                cluster_load<2>(x, at, block);
+            },
+            [&](int source, float * y) {
                 int block;
-                const int at = decode_buffers_at + 4 * ROW * source_row(min(s0 + q, sources - 1), block);
+                const int at = decode_buffers_at + 4 * ROW * source_row(source, block);
 #pragma unroll
                 for (int i = 0; i < N; i += result_vectors<K>() ? 4 : 1) {
                     const int c = row_coordinate<D>(i, lane_) < D ? row_coordinate<D>(i, lane_) : 0;
-                    cluster_load<result_vectors<K>() ? 4 : 1>(&y[q][i], at + 4 * result_at<K>(c), block);
+                    cluster_load<result_vectors<K>() ? 4 : 1>(y + i, at + 4 * result_at<K>(c), block);
                 }
-            }
-            join_add<N>(y, s0, sources, f, v);
-        }
+            },
+            v, all, total);
         const int h = blockIdx.y * p.heads_per_block + head;
         if (p.n_parts == 1) {
             store_row<D>(p, seq, h, row0 + row, v, all, total, fresh, lane_);

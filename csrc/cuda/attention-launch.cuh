@@ -2,11 +2,11 @@
 // dependent-launch attributes.
 #pragma once
 
-#include <algorithm>
-#include <cstring>
-
 #include "attention-decode.cuh"
 #include "attention-short.cuh"
+
+#include <algorithm>
+#include <cstring>
 
 namespace pytq {
 

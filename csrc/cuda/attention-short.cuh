@@ -331,29 +331,17 @@ __global__ void __launch_bounds__(32 * short_warps, 1) attention_short(const PYT
             fresh.load(p, fresh_at, unit_head(unit), unit_row(unit), lane);
             fresh.finish(p, unit_head(unit), unit_row(unit));
         }
-        float meta[2][2] = {{-1e30f, 0.0f}, {-1e30f, 0.0f}}; // of sources lane, lane + 32
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            if (lane + 32 * i < sources) {
-                const float2 m = *(const float2 *) (decode_smem + meta_at + 8 * (unit * sources + lane + 32 * i));
-                meta[i][0] = m.x, meta[i][1] = m.y;
-            }
-        }
-        float f[2], all, total, v[N];
-        join_factors(meta, f, all, total);
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            v[i] = 0.0f;
-        }
-#pragma unroll 1 // runs few times: every instruction has to be fetched
-        for (int s0 = 0; s0 < sources; s0 += 4) {
-            float y[4][N];
-#pragma unroll
-            for (int q = 0; q < 4; q++) {
-                load_row<D>((const float *) (decode_smem + join_row(unit, min(s0 + q, sources - 1))), lane, y[q]);
-            }
-            join_add<N>(y, s0, sources, f, v);
-        }
+        float v[N], all, total;
+        join_sources<N>(
+            sources, lane,
+            [&](int source, float * x) {
+                const float2 m = *(const float2 *) (decode_smem + meta_at + 8 * (unit * sources + source));
+                x[0] = m.x, x[1] = m.y;
+            },
+            [&](int source, float * y) {
+                load_row<D>((const float *) (decode_smem + join_row(unit, source)), lane, y);
+            },
+            v, all, total);
         store_row<D>(p, seq, unit_head(unit), unit_row(unit), v, all, total, fresh, lane);
     }
 #endif

@@ -86,23 +86,6 @@ PYTQ_DEV uint32_t cluster_rank() {
 #endif
     return r;
 }
-// publish: what was written to shared memory becomes visible to the cluster.
-template <bool PUBLISH> PYTQ_DEV void cluster_sync(int cluster) {
-#if defined(PYTQ_PTX) && __CUDA_ARCH__ >= 900
-    if (cluster > 1) {
-        if constexpr (PUBLISH) {
-            asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-        } else {
-            asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-        }
-        asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-        return;
-    }
-#endif
-    if constexpr (PUBLISH) {
-        __syncthreads();
-    }
-}
 #ifdef PYTQ_BULK
 // The two halves of a meeting of the cluster's blocks; what a block wrote before it arrived is visible after the wait.
 PYTQ_DEV void cluster_arrive() {
@@ -111,6 +94,25 @@ PYTQ_DEV void cluster_arrive() {
 PYTQ_DEV void cluster_wait() {
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
+#endif
+// publish: what was written to shared memory becomes visible to the cluster.
+template <bool PUBLISH> PYTQ_DEV void cluster_sync(int cluster) {
+#ifdef PYTQ_BULK
+    if (cluster > 1) {
+        if constexpr (PUBLISH) {
+            cluster_arrive();
+        } else {
+            asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+        }
+        cluster_wait();
+        return;
+    }
+#endif
+    if constexpr (PUBLISH) {
+        __syncthreads();
+    }
+}
+#ifdef PYTQ_BULK
 // Writes N (2 or 4) floats to a byte offset in the shared memory of a block of the cluster, and counts them at a
 // barrier there.
 template <int N> PYTQ_DEV void cluster_push(const float * x, int at, uint32_t rank, int barrier) {

@@ -513,29 +513,48 @@ template <class V> PYTQ_DEV void result_values(const float (*o)[4], int j, float
     }
 }
 
-// Factors f of up to 64 results (top, sum) of sources lane and lane + 32, their common reference exponent and sum.
-PYTQ_DEV void join_factors(const float meta[2][2], float f[2], float & top, float & sum) {
+// Joins up to 64 results of one row by a warp: v, the common reference exponent and the sum. load_meta(source, x) reads
+// (top, sum), load_values(source, y) the lane's N values.
+template <int N, class META, class VALUES>
+PYTQ_DEV void join_sources(int sources, int lane, const META & load_meta, const VALUES & load_values, float v[N],
+                           float & top, float & sum) {
+    float meta[2][2] = {{-1e30f, 0.0f}, {-1e30f, 0.0f}}; // of sources lane, lane + 32
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        if (lane + 32 * i < sources) {
+            load_meta(lane + 32 * i, meta[i]);
+        }
+    }
     top = fmaxf(meta[0][0], meta[1][0]);
 #pragma unroll
     for (int s = 1; s < 32; s *= 2) {
         top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, s));
     }
-    f[0] = exp2_fast(meta[0][0] - top), f[1] = exp2_fast(meta[1][0] - top);
+    const float f[2] = {exp2_fast(meta[0][0] - top), exp2_fast(meta[1][0] - top)};
     sum = meta[0][1] * f[0] + meta[1][1] * f[1];
 #pragma unroll
     for (int s = 1; s < 32; s *= 2) {
         sum += __shfl_xor_sync(0xffffffffu, sum, s);
     }
-}
-// Adds rows y of sources s0 .. s0 + 3.
-template <int N> PYTQ_DEV void join_add(const float y[4][N], int s0, int sources, const float f[2], float v[N]) {
 #pragma unroll
-    for (int q = 0; q < 4; q++) {
-        const int s = s0 + q;
-        const float w = __shfl_sync(0xffffffffu, s < 32 ? f[0] : f[1], s & 31);
+    for (int i = 0; i < N; i++) {
+        v[i] = 0.0f;
+    }
+#pragma unroll 1 // runs few times: every instruction has to be fetched
+    for (int s0 = 0; s0 < sources; s0 += 4) {
+        float y[4][N];
 #pragma unroll
-        for (int i = 0; i < N; i++) {
-            v[i] = fmaf(y[q][i], s < sources ? w : 0.0f, v[i]);
+        for (int q = 0; q < 4; q++) {
+            load_values(min(s0 + q, sources - 1), y[q]);
+        }
+#pragma unroll
+        for (int q = 0; q < 4; q++) {
+            const int s = s0 + q;
+            const float w = __shfl_sync(0xffffffffu, s < 32 ? f[0] : f[1], s & 31);
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+                v[i] = fmaf(y[q][i], s < sources ? w : 0.0f, v[i]);
+            }
         }
     }
 }
