@@ -12,6 +12,8 @@
 #include <string>
 #include <vector>
 
+#include "../../tools/gpu/host_math.h"
+
 #include "shim.h"
 
 #include "cuda/attention-launch.cuh"
@@ -74,16 +76,6 @@ attention parse(const std::string & line) {
         usage("the newest token is one of n_kv, with one query of one sequence");
     }
     return a;
-}
-
-std::vector<float> gaussian(size_t n, unsigned seed, float sigma = 1.0f) {
-    std::mt19937 rng(seed);
-    std::normal_distribution<float> normal(0.0f, sigma);
-    std::vector<float> x(n);
-    for (float & v : x) {
-        v = normal(rng);
-    }
-    return x;
 }
 
 // Bytes at an address that is `odd` behind a multiple of 16; copies may read the whole pieces of 16 bytes they lie in.
@@ -173,17 +165,6 @@ struct cache {
         pytq_dequantize_ref(type, block(seq, token, head), vector(seq, token, head), d);
     }
 };
-
-// x times the Walsh matrix in natural order over the root of its order.
-std::vector<double> walsh(const std::vector<double> & x) {
-    std::vector<double> y(x.size(), 0.0);
-    for (size_t c = 0; c < x.size(); c++) {
-        for (size_t b = 0; b < x.size(); b++) {
-            y[c] += (__builtin_popcountll(b & c) & 1 ? -x[b] : x[b]) / sqrt((double) x.size());
-        }
-    }
-    return y;
-}
 
 void check_cuda(cudaError_t e) {
     if (e != cudaSuccess) {

@@ -116,17 +116,6 @@ template <int KT, int VT> struct runner {
     }
 };
 
-// x times the Walsh matrix in natural order over the root of its order.
-static std::vector<double> walsh(const std::vector<double> & x) {
-    std::vector<double> y(x.size(), 0.0);
-    for (size_t c = 0; c < x.size(); c++) {
-        for (size_t b = 0; b < x.size(); b++) {
-            y[c] += (__builtin_popcountll(b & c) & 1 ? -x[b] : x[b]) / sqrt((double) x.size());
-        }
-    }
-    return y;
-}
-
 template <int KT, int VT> static void check_attention(const char * name, attention a, bool with_mask, int sms) {
     using K = pytq::type<KT>;
     using V = pytq::type<VT>;

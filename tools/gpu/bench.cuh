@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../../csrc/pytq.h"
+#include "host_math.h"
 
 #include <algorithm>
 #include <cstdio>
@@ -22,16 +23,6 @@
     } while (0)
 
 static bool failed = false;
-
-static std::vector<float> gaussian(size_t n, unsigned seed, float scale = 1.0f) {
-    std::mt19937 r(seed);
-    std::normal_distribution<float> nd(0.0f, scale);
-    std::vector<float> x(n);
-    for (auto & v : x) {
-        v = nd(r);
-    }
-    return x;
-}
 
 template <class X> static X * upload(const std::vector<X> & x, size_t pad = 0) {
     X * d;
