@@ -32,13 +32,20 @@ constexpr int decode_tile = 64; // tokens per warp and tile
 template <class K> PYTQ_HD constexpr int decode_max_teams() {
     return K::d > 128 ? 1 : 2;
 }
-// Shared memory begins with two barriers (keys, values) and two counters of warps that are done with a buffer per team;
-// nothing but the newest token's number may lie there, since the hardware may write to a barrier after the last wait.
+// Shared memory begins with two barriers (keys, values) and two counters of warps that are done with a buffer per team,
+// and a barrier for each pair of warps of both teams; nothing but the newest token's number may lie there, since the
+// hardware may write to a barrier after the last wait.
 // Then the teams' buffers, which begin with 16 bytes of nothing: windows begin up to 4 bytes before a plane. Results
 // overlay the buffers.
 constexpr int decode_control_bytes = 32, decode_counters_at = 16, decode_fresh_at = 24,
-              decode_buffers_at = 2 * decode_control_bytes;
+              decode_pairs_at = 2 * decode_control_bytes, decode_buffers_at = decode_pairs_at + 8 * 8;
 constexpr int decode_keys_at = 16;
+
+// Scratch of a warp: its weights; where the two warps of a head may join, its rows and (top, sum) of each.
+template <class K> PYTQ_HD constexpr int decode_warp_bytes() {
+    constexpr int rows = 4 * (4 * K::d + 8);
+    return decode_max_teams<K>() > 1 && rows > decode_weight_bytes ? rows : decode_weight_bytes;
+}
 
 // Launch shape of the kernel, from what the caller has set; returns the bytes of shared memory of a team.
 template <class K, class V> int decode_plan_shape(decode_params & p) {
@@ -72,12 +79,14 @@ inline void decode_plan_splits(decode_params & p, int n_sm, int max_teams, int f
     const int groups = p.n_head_kv / p.heads_per_block * p.row_tiles * p.n_seq;
     const int tokens = decode_tile * p.warps_per_head, tiles = (p.n_kv + tokens - 1) / tokens;
     const int per = n_sm / groups > 1 ? n_sm / groups : 1;
-    p.teams = max_teams > 1 && tiles > per ? 2 : 1;
-    p.n_splits = (tiles + p.teams - 1) / p.teams;
-    p.n_splits = p.n_splits < per ? p.n_splits : per;
+    // (a second team without a tile still halves the work on the queries)
+    p.teams = max_teams > 1 && (tiles > per || p.warps_per_head == 1) ? 2 : 1;
+    // as few splits as take no more turns: what they leave free serves the encoder of the newest token
+    const int turns = (tiles + p.teams * per - 1) / (p.teams * per);
+    p.n_splits = tiles < per ? tiles : (tiles + p.teams * turns - 1) / (p.teams * turns);
     p.cluster = 1, p.cluster_log2 = 0;
-    const int largest = p.n_splits <= few ? few : many;
-    while (2 * p.cluster <= largest && p.cluster < p.n_splits) {
+    const int largest = p.n_splits <= few ? few : many, sources = p.teams * p.warps_per_head;
+    while (2 * p.cluster <= largest && p.cluster < p.n_splits && 2 * p.cluster * sources <= max_sources) {
         p.cluster *= 2, p.cluster_log2++;
     }
     // a few splits may stay empty to fill the last cluster, but no cluster may have to wait for a place
@@ -111,6 +120,7 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1)
     const int team_warps = p.heads_per_block * p.warps_per_head, team_warp = warp - team * team_warps;
     const int team_at = decode_buffers_at + team * p.team_bytes, control_at = team * decode_control_bytes;
     const int head_kv = blockIdx.y * p.heads_per_block + head_in;
+    const int query_at = decode_buffers_at + p.teams * p.team_bytes + head_in * query_bytes<K>();
     const int tile_tokens = decode_tile * p.warps_per_head;
 
     const int k_seg = (int) ((p.heads_per_block - 1) * p.k_nb2) + K::block_bytes;
@@ -124,6 +134,12 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1)
     const int split = blockIdx.x;
     const int first_tile = split * p.tiles_each + min(split, p.tiles_more), tile_begin = first_tile + team;
     const int tile_end = first_tile + p.tiles_each + (split < p.tiles_more ? 1 : 0);
+
+    // Where the newest token is; stored for the others when it has come. (Row numbers are there before the graph.)
+    int fresh_at = -1;
+    if (team_warp == 0 && lane == 0 && p.fresh.k) {
+        fresh_at = fresh_token(p);
+    }
 
     const char * const mask = p.mask ? p.mask + (p.n_seq_mask == 1 ? 0 : seq % p.n_seq_mask) * p.mask_nb3 : nullptr;
     const auto mask_row = [&](int row) { // of this tile of query rows
@@ -163,8 +179,7 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1)
         uint32_t before = 0;
         __syncwarp();
         if (lane == 0) {
-            __threadfence_block();
-            before = atomicInc((uint32_t *) (decode_smem + control_at + decode_counters_at) + counter, team_warps - 1);
+            before = count_arrival(control_at + decode_counters_at + 4 * counter, team_warps - 1);
         }
         return (int) __shfl_sync(0xffffffffu, before, 0) == team_warps - 1;
     };
@@ -213,6 +228,10 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1)
         *(uint2 *) (decode_smem + control_at + decode_counters_at) = make_uint2(0u, 0u);
         barrier_init_done();
     }
+    if (warp == 0 && lane < 8) {
+        barrier_init(decode_pairs_at + 8 * lane);
+        barrier_init_done();
+    }
 #endif
 #ifdef PYTQ_BULK
     // Nothing but the newest token is written to the cache between the start of the graph and this kernel, so the first
@@ -222,23 +241,20 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1)
     if (early && first_loader) {
         __syncwarp();
         load_keys(tile_begin);
-        load_values(tile_begin);
     }
 #endif
-    grid_wait();                       // everything before this line overlaps with the kernels before
-    if (team_warp == 0 && lane == 0) { // read after the block's barrier below
-        *(int *) (decode_smem + control_at + decode_fresh_at) = p.fresh.k ? fresh_token(p) : -1;
-    }
+    grid_wait(); // everything before this line overlaps with the kernels before
 
-    // The query is read first: behind the first tile of every block it would wait for all of them. Eight lanes per row.
-    float x[D / 8];
-    load_query<D>(p, seq, row0, head_kv, lane, x);
+    // The query is read first: behind the first tile of every block it would wait for all of them.
+    float x[D / 16];
+    if (all_slices < 2) {
+        load_query<D>(p, seq, row0, all_slices, head_kv, lane, x);
+    }
 #ifdef PYTQ_BULK
     if (first_loader) {
         __syncwarp();
         if (!early) {
             load_keys(tile_begin);
-            load_values(tile_begin);
         }
         load_mask(tile_begin);
     }
@@ -248,11 +264,27 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1)
         load_values(tile_begin);
     }
 #endif
+#pragma unroll 1
+    for (int pair = all_slices; pair < 2; pair += p.teams * p.warps_per_head) {
+        if (pair != all_slices) {
+            load_query<D>(p, seq, row0, pair, head_kv, lane, x);
+        }
+        stage_query<K>(p, pair, lane, query_at, x);
+    }
+    if (team_warp == 0 && lane == 0) {
+        *(int *) (decode_smem + control_at + decode_fresh_at) = fresh_at;
+    }
+    __syncthreads(); // the queries are there, the barriers exist
+#ifdef PYTQ_BULK
+    if (first_loader) { // last: neither the first keys nor the queries wait for values
+        __syncwarp();
+        load_values(tile_begin);
+    }
+#endif
     uint32_t qb[QW];
     float row_factor[2]; // of rows 2 (j & 1) + {0, 1}: logits in units of log2
     float slope[2];
-    stage_query<K>(p, row0, head_kv, lane, scratch, x, qb, row_factor, slope);
-    __syncthreads(); // the barriers exist
+    read_query<K>(p, row0, head_kv, lane, query_at, qb, row_factor, slope);
 
     float o[VS::n_windows][MT][4];
     float top[2] = {-1e30f, -1e30f}, sum[2] = {0.0f, 0.0f};
@@ -297,7 +329,7 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1)
         }
 #endif
 
-        // Mask of this lane's 4 tokens and 2 rows; tokens past the end count as masked.
+        // Mask of this lane's 4 tokens and 2 rows; tokens past the end count as masked. Most tiles are seen whole.
         const int first = tile * tile_tokens + slice * decode_tile;
 #ifdef PYTQ_BULK
         const int n_valid = p.n_kv - first;
@@ -305,28 +337,41 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1)
         const int n_valid = tile < tile_end ? p.n_kv - first : 0; // a team's last turn may have no tile
 #endif
         const int fresh = *(const int *) (decode_smem + control_at + decode_fresh_at) - first;
-        float bias_[4][2];
-        bool any = false;
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int t = 16 * i + 2 * g + (j >> 1);
-#pragma unroll
-            for (int rr = 0; rr < 2; rr++) {
-                float b = -INFINITY;
-                if (t < n_valid && t != fresh) {
-                    b = 0.0f;
-                    if (mask) {
-                        const int row = p.mask_rows == 1 ? 0 : 2 * (j & 1) + rr;
-                        const __half h = *(const __half *) (decode_smem + team_at + p.mask_at +
-                                                            2 * (row * tile_tokens + slice * decode_tile + t));
-                        b = __half2float(h) * slope[rr];
-                    }
-                }
-                bias_[i][rr] = b;
-                any |= b > -INFINITY;
+        const int mask_here = team_at + p.mask_at + 2 * slice * decode_tile;
+        uint32_t marks = 0;
+        if (mask) {
+#pragma unroll 1
+            for (int row = 0; row < p.mask_rows; row++) {
+                marks |= shared_word(mask_here + 2 * row * tile_tokens + 4 * lane);
             }
         }
-        any = __any_sync(0xffffffffu, any);
+        const bool whole = n_valid >= decode_tile && (uint32_t) fresh >= (uint32_t) decode_tile &&
+                           !__any_sync(0xffffffffu, marks != 0);
+        float bias_[4][2] = {};
+        bool any = true;
+        if (!whole) {
+            any = false;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int t = 16 * i + 2 * g + (j >> 1);
+#pragma unroll
+                for (int rr = 0; rr < 2; rr++) {
+                    float b = -INFINITY;
+                    if (t < n_valid && t != fresh) {
+                        b = 0.0f;
+                        if (mask) {
+                            const int row = p.mask_rows == 1 ? 0 : 2 * (j & 1) + rr;
+                            b = __half2float(
+                                    *(const __half *) (decode_smem + mask_here + 2 * (row * tile_tokens + t))) *
+                                slope[rr];
+                        }
+                    }
+                    bias_[i][rr] = b;
+                    any |= b > -INFINITY;
+                }
+            }
+            any = __any_sync(0xffffffffu, any);
+        }
 
         float beta[2] = {0.0f, 0.0f}, alpha[2] = {1.0f, 1.0f};
         bool grew = false;
@@ -382,23 +427,25 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1)
                     }
                 }
             }
+            if (!whole) {
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
+                for (int i = 0; i < 4; i++) {
 #pragma unroll
-                for (int rr = 0; rr < 2; rr++) {
-                    // (a scale past the end may be anything)
-                    logit[i][rr] = bias_[i][rr] > -INFINITY ? logit[i][rr] + bias_[i][rr] : -INFINITY;
+                    for (int rr = 0; rr < 2; rr++) {
+                        // (a scale past the end may be anything)
+                        logit[i][rr] = bias_[i][rr] > -INFINITY ? logit[i][rr] + bias_[i][rr] : -INFINITY;
+                    }
                 }
             }
         }
 #ifdef PYTQ_BULK
-        if (last_to_leave(0) && tile + p.teams < tile_end) {
+        if (__builtin_expect(last_to_leave(0) && tile + p.teams < tile_end, 0)) {
             load_keys(tile + p.teams);
             load_mask(tile + p.teams);
         }
         barrier_wait(values_barrier, phase);
         if (!any) { // (as one block with the rest under a condition, registers would not suffice)
-            if (last_to_leave(1) && tile + p.teams < tile_end) {
+            if (__builtin_expect(last_to_leave(1) && tile + p.teams < tile_end, 0)) {
                 load_values(tile + p.teams);
             }
             continue;
@@ -484,7 +531,7 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1)
             value_window(constant<1>());
         }
 #ifdef PYTQ_BULK
-        if (last_to_leave(1) && tile + p.teams < tile_end) {
+        if (__builtin_expect(last_to_leave(1) && tile + p.teams < tile_end, 0)) {
             load_values(tile + p.teams);
         }
 #else
@@ -496,6 +543,78 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1)
     // shared memory: [warp][row][dim], then (top, sum) [warp][row].
     // Not before: blocks of the kernels behind would come to this multiprocessor and take turns and instruction memory.
     grid_trigger();
+
+#ifdef PYTQ_BULK
+    // Where parts are joined by another kernel and a team has one warp per head, the two warps of a head join their
+    // rows and leave, without waiting for the others of the block.
+    if constexpr (decode_max_teams<K>() == 2) {
+        if (p.n_parts > 1 && p.cluster == 1 && p.warps_per_head == 1) {
+            const int lane_ = (int) opaque(threadIdx.x) & 31, g_ = lane_ >> 2, j_ = lane_ & 3;
+            const int barrier = decode_pairs_at + 8 * team_warp;
+            const int rows_at =
+                decode_buffers_at + p.team_bytes + p.scratch_at + team_warp * decode_warp_bytes<K>() + 16 * lane_;
+            const int meta_at = rows_at - 16 * lane_ + 16 * D + 8 * j_;
+            constexpr int Y = VS::n_windows * VS::width, PACK = Y % 4 == 0 ? 4 : 2;
+            float y[Y];
+#pragma unroll
+            for (int w = 0; w < VS::n_windows; w++) {
+                result_values<V>(o[w], j_, book<V::code, VB>::step(), y + w * VS::width);
+            }
+#pragma unroll
+            for (int rr = 0; rr < 2; rr++) {
+#pragma unroll
+                for (int s = 2; s < 32; s *= 2) {
+                    sum[rr] += __shfl_xor_sync(0xffffffffu, sum[rr], s);
+                }
+            }
+            float row_top = j_ < 2 ? top[0] : top[1], row_sum = j_ < 2 ? sum[0] : sum[1];
+            if (team == 1) {
+#pragma unroll
+                for (int i = 0; i < Y; i += PACK) {
+                    store_floats<PACK>((float *) (decode_smem + rows_at + 32 * 4 * i - (4 - PACK) * 4 * lane_), y + i);
+                }
+                if (g_ == 0) {
+                    *(float2 *) (decode_smem + meta_at) = make_float2(row_top, row_sum);
+                }
+                __threadfence_block();
+                __syncwarp();
+                if (lane_ == 0) {
+                    barrier_expect(barrier, 0);
+                }
+                return;
+            }
+            float f0 = 1.0f, f1 = 0.0f;
+            if (p.teams == 2) {
+                barrier_wait(barrier, 0);
+                const float2 other = *(const float2 *) (decode_smem + meta_at);
+                const float all = fmaxf(row_top, other.x);
+                f0 = exp2_fast(row_top - all), f1 = exp2_fast(other.x - all);
+                row_top = all, row_sum = fmaf(other.y, f1, row_sum * f0);
+            }
+            const int row = row0 + 2 * (j_ & 1) + (j_ >> 1);
+            const long long to = (((long long) seq * p.n_head_kv + head_kv) * p.n_rows + row) * p.n_parts + blockIdx.x;
+            if (row < p.n_rows) {
+#pragma unroll
+                for (int i = 0; i < Y; i += PACK) {
+                    if (p.teams == 2) {
+                        float z[PACK];
+                        load_floats<PACK>((const float *) (decode_smem + rows_at + 32 * 4 * i - (4 - PACK) * 4 * lane_),
+                                          z);
+#pragma unroll
+                        for (int n = 0; n < PACK; n++) {
+                            y[i + n] = fmaf(z[n], f1, y[i + n] * f0);
+                        }
+                    }
+                    store_floats<PACK>(p.part + to * D + g_ * VS::per_lane + i, y + i);
+                }
+                if (g_ == 0) {
+                    p.meta[to] = make_float2(row_top, row_sum);
+                }
+            }
+            return;
+        }
+    }
+#endif
 
     // Each (head, row) of the cluster is joined by one warp, which also asks for the newest token now.
     const int rank = p.cluster > 1 ? (int) cluster_rank() : 0, sources = p.cluster * p.teams * p.warps_per_head;
@@ -591,12 +710,7 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1)
         } else {
             const long long to = (((long long) seq * p.n_head_kv + h) * p.n_rows + row0 + row) * p.n_parts +
                                  (blockIdx.x >> p.cluster_log2);
-#pragma unroll
-            for (int i = 0; i < N; i++) {
-                if (row_coordinate<D>(i, lane_) < D) {
-                    p.part[to * D + row_coordinate<D>(i, lane_)] = v[i];
-                }
-            }
+            for_row<D>(lane_, [&](int i, int c) { store_floats<row_vector<D>()>(p.part + to * D + c, v + i); });
             if (lane_ == 0) {
                 p.meta[to] = make_float2(all, total);
             }

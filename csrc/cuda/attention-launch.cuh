@@ -23,12 +23,13 @@ struct decode_plan {
 struct decode_device {
     int id, n_sm, shared_bytes; // shared memory that a block may ask for
     int few_cluster, many_cluster;
-    int short_cluster = 0; // largest cluster of attention-short.cuh (at most short_max_cluster); 0: it is not used
+    int short_cluster; // largest cluster of attention-short.cuh (at most short_max_cluster); 0: it is not used
 };
 
 inline cudaError_t decode_device_of(int id, bool clusters, decode_device & d) {
     d.id = id;
     d.few_cluster = clusters ? decode_few_cluster : 1, d.many_cluster = clusters ? decode_many_cluster : 1;
+    d.short_cluster = clusters ? short_max_cluster : 0;
     const cudaError_t e = cudaDeviceGetAttribute(&d.n_sm, cudaDevAttrMultiProcessorCount, id);
     return e != cudaSuccess ? e : cudaDeviceGetAttribute(&d.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
 }
@@ -51,9 +52,10 @@ cudaError_t decode_prepare(decode_params & p, decode_plan & plan, const decode_d
         plan.shared_bytes = p.team_bytes;
     } else {
         const int team = decode_plan_shape<type<KT>, type<VT>>(p);
-        const int teams = decode_max_teams<type<KT>>() > 1 && decode_buffers_at + 2 * team <= d.shared_bytes ? 2 : 1;
+        const int others = decode_buffers_at + p.heads_per_block * query_bytes<type<KT>>();
+        const int teams = decode_max_teams<type<KT>>() > 1 && others + 2 * team <= d.shared_bytes ? 2 : 1;
         decode_plan_splits(p, d.n_sm, teams, d.few_cluster, d.many_cluster);
-        plan.shared_bytes = decode_buffers_at + p.teams * team;
+        plan.shared_bytes = others + p.teams * team;
     }
     plan.aligned = BOTH && p.k_slot % 4 == 0 && p.v_slot % 4 == 0;
     constexpr int MAX_DEVICES = 64;
@@ -70,7 +72,6 @@ cudaError_t decode_prepare(decode_params & p, decode_plan & plan, const decode_d
 inline size_t decode_part_rows(const decode_params & p) {
     return p.n_parts > 1 ? (size_t) p.n_seq * p.n_head_kv * p.n_rows * p.n_parts : 0;
 }
-
 // dependent: the kernel before may still run when this one is launched (the kernels wait where they must).
 template <class P>
 cudaError_t decode_launch_one(void (*kernel)(P), dim3 grid, int threads, int shared_bytes, int cluster, bool dependent,

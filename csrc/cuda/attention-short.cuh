@@ -53,7 +53,8 @@ template <class K, class V> bool short_plan(decode_params & p, int max_cluster) 
     decode_common<K, V>(p);
     const int warps = heads * p.warps_per_head, tokens = short_tile * p.warps_per_head;
     const int blocks = (p.n_kv + tokens - 1) / tokens;
-    p.teams = 1, p.cluster = 1, p.cluster_log2 = 0;
+    // (a block may push to itself only as one of a cluster of two or more)
+    p.teams = 1, p.cluster = 2, p.cluster_log2 = 1;
     while (p.cluster < blocks) {
         p.cluster *= 2, p.cluster_log2++;
     }
@@ -61,7 +62,8 @@ template <class K, class V> bool short_plan(decode_params & p, int max_cluster) 
     const auto stage = [&](int slot) { return (slot * tokens + 64 + 15) / 16 * 16; };
     p.v_at = short_keys_at + stage(p.k_slot);
     p.scratch_at = p.v_at + stage(p.v_slot);
-    p.join_at = p.scratch_at + warps * decode_warp_bytes<K>();
+    p.query_at = p.scratch_at + warps * decode_weight_bytes;
+    p.join_at = p.query_at + heads * query_bytes<K>();
     const int rows = (4 * heads + p.cluster - 1) / p.cluster * p.cluster * p.warps_per_head; // that a block joins
     p.team_bytes = p.join_at + rows * (4 * K::d + 8);
     return true;
@@ -84,7 +86,7 @@ __global__ void __launch_bounds__(32 * short_warps, 1) attention_short(const PYT
     const int slice = (warp * p.heads_inverse) >> 16, head_in = warp - slice * p.heads_per_block;
     const int first_head = blockIdx.y * p.heads_per_block, head_kv = first_head + head_in;
     const int n_warps = p.heads_per_block * p.warps_per_head, block_tokens = short_tile * p.warps_per_head;
-    const int scratch = p.scratch_at + warp * decode_warp_bytes<K>();
+    const int scratch = p.scratch_at + warp * decode_weight_bytes, query_at = p.query_at + head_in * query_bytes<K>();
     const int t0 = blockIdx.x * block_tokens, n_tok = min(block_tokens, p.n_kv - t0), first = t0 + slice * short_tile;
     const char * const k_base = p.k + seq * p.k_nb3 + (long long) first_head * p.k_nb2;
     const char * const v_base = p.v + seq * p.v_nb3 + (long long) first_head * p.v_nb2;
@@ -107,6 +109,7 @@ __global__ void __launch_bounds__(32 * short_warps, 1) attention_short(const PYT
     cluster_arrive(); // other blocks may write here from now on
 
     const bool early = p.fresh.k != nullptr;
+    const int fresh_at = early ? fresh_token(p) : -1; // (row numbers are there before the graph)
     if (!early) {
         grid_wait();
     }
@@ -194,9 +197,10 @@ __global__ void __launch_bounds__(32 * short_warps, 1) attention_short(const PYT
     if (early) {
         grid_wait();
     }
-    float x[D / 8];
-    load_query<D>(p, seq, row0, head_kv, lane, x);
-    const int fresh_at = early ? fresh_token(p) : -1;
+    float x[D / 16];
+    if (slice < 2) {
+        load_query<D>(p, seq, row0, slice, head_kv, lane, x);
+    }
     const char * const mask = p.mask ? p.mask + (p.n_seq_mask == 1 ? 0 : seq % p.n_seq_mask) * p.mask_nb3 : nullptr;
     const int token = first + 2 * g + (j >> 1);
     float mask_value[2];
@@ -218,7 +222,15 @@ __global__ void __launch_bounds__(32 * short_warps, 1) attention_short(const PYT
 
     uint32_t qb[QW];
     float row_factor[2], slope[2], top[2] = {-1e30f, -1e30f}, sum[2] = {0.0f, 0.0f};
-    stage_query<K>(p, row0, head_kv, lane, scratch, x, qb, row_factor, slope);
+#pragma unroll 1
+    for (int pair = slice; pair < 2; pair += p.warps_per_head) {
+        if (pair != slice) {
+            load_query<D>(p, seq, row0, pair, head_kv, lane, x);
+        }
+        stage_query<K>(p, pair, lane, query_at, x);
+    }
+    __syncthreads();
+    read_query<K>(p, row0, head_kv, lane, query_at, qb, row_factor, slope);
     float bias_[2];
 #pragma unroll
     for (int rr = 0; rr < 2; rr++) {

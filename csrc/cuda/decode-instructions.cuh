@@ -53,6 +53,16 @@ PYTQ_DEV void barrier_wait(int at, int phase) {
                  "r"(phase)
                  : "memory");
 }
+// Adds 1 to a word of shared memory, 0 after last; returns what it was. What this warp read and wrote is done before,
+// and what it does next comes after what the others did before they arrived.
+PYTQ_DEV uint32_t count_arrival(int at, uint32_t last) {
+    uint32_t before;
+    asm volatile("atom.acq_rel.cta.shared::cta.inc.u32 %0, [%1], %2;"
+                 : "=r"(before)
+                 : "r"(shared_address(at)), "r"(last)
+                 : "memory");
+    return before;
+}
 // All of it 16-byte aligned; the barrier counts the bytes.
 PYTQ_DEV void copy_bulk(int to, const void * src, int bytes, int barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(

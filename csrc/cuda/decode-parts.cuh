@@ -17,6 +17,8 @@ struct decode_fresh {
     long long first_row; // row of token 0 of the sequence
 };
 
+constexpr int max_sources = 64; // that join_sources joins
+
 struct decode_params {
     const char * q; // f32 [d, n_q, n_head, n_seq]
     const char * k; // blocks [n_kv, n_head_kv, n_seq]
@@ -35,6 +37,7 @@ struct decode_params {
     int k_slot, v_slot; // bytes between tokens in shared memory; equal to nb1 when rows are copied as one range
     int v_at, mask_at, scratch_at; // offsets in a team's shared memory; its keys lie at decode_keys_at
     int team_bytes;
+    int query_at;      // attention-short.cuh: operands of the heads
     int join_at;       // attention-short.cuh: rows that other warps leave to be joined
     int mask_rows;     // rows of the mask a tile of query rows needs: 1 for one token, else 4
     bool mask_vectors; // mask rows may be copied 16 bytes at a time
@@ -71,9 +74,10 @@ template <class K, class V> void decode_common(decode_params & p) {
     p.hidden = make_hidden_constants();
 }
 
-// Scratch of a warp: its query operand, later its weights.
-template <class K> PYTQ_HD constexpr int decode_warp_bytes() {
-    return 8 * 4 * 4 * query_words<K>() > 8 * 20 * 4 ? 8 * 4 * 4 * query_words<K>() : 8 * 20 * 4;
+// Scratch of a warp for its weights; a KV head's query as an operand with the largest values of the four rows.
+constexpr int decode_weight_bytes = 8 * 20 * 4;
+template <class K> PYTQ_HD constexpr int query_bytes() {
+    return 8 * 4 * 4 * query_words<K>() + 16;
 }
 
 // Result rows in shared memory: padded so that lanes meet few banks, and so that four neighbours stay together where
@@ -192,24 +196,51 @@ PYTQ_DEV float tanh_fast(float x) {
     return 1.0f - __fdividef(2.0f, 1.0f + exp2_fast(2.88539008f * x));
 }
 
+// N (1, 2 or 4) neighbouring floats.
+template <int N> PYTQ_DEV void store_floats(float * to, const float * x) {
+    if constexpr (N == 4) {
+        *(float4 *) to = make_float4(x[0], x[1], x[2], x[3]);
+    } else if constexpr (N == 2) {
+        *(float2 *) to = make_float2(x[0], x[1]);
+    } else {
+        *to = *x;
+    }
+}
+template <int N> PYTQ_DEV void load_floats(const float * from, float * x) {
+    if constexpr (N == 4) {
+        const float4 f = *(const float4 *) from;
+        x[0] = f.x, x[1] = f.y, x[2] = f.z, x[3] = f.w;
+    } else if constexpr (N == 2) {
+        const float2 f = *(const float2 *) from;
+        x[0] = f.x, x[1] = f.y;
+    } else {
+        *x = *from;
+    }
+}
+
 // Coordinate of value i of a lane where a warp holds a row of D: four neighbours where D allows.
 template <int D> PYTQ_DEV int row_coordinate(int i, int lane) {
     return D % 128 == 0 ? (i >> 2) * 128 + 4 * lane + (i & 3) : 32 * i + lane;
 }
 
-// Values of a row of D that a lane of a warp holds.
-template <int D> PYTQ_DEV void load_row(const float * src, int lane, float * v) {
+// Calls f(i, coordinate) for the values i of a row of D that a lane of a warp holds, or for the first of every
+// row_vector<D>() neighbours.
+template <int D> PYTQ_HD constexpr int row_vector() {
+    return D % 128 == 0 ? 4 : 1;
+}
+template <int D, class F> PYTQ_DEV void for_row(int lane, const F & f) {
 #pragma unroll
-    for (int i = 0; i < (D + 31) / 32; i++) {
-        if constexpr (D % 128 == 0) {
-            if (i % 4 == 0) {
-                const float4 f = *(const float4 *) (src + row_coordinate<D>(i, lane));
-                v[i] = f.x, v[i + 1] = f.y, v[i + 2] = f.z, v[i + 3] = f.w;
-            }
-        } else {
-            v[i] = row_coordinate<D>(i, lane) < D ? src[row_coordinate<D>(i, lane)] : 0.0f;
+    for (int i = 0; i < (D + 31) / 32; i += row_vector<D>()) {
+        if (32 * (i + row_vector<D>()) <= D || row_coordinate<D>(i, lane) < D) {
+            f(i, row_coordinate<D>(i, lane));
         }
     }
+}
+
+// Those values, 0 behind the row's end.
+template <int D> PYTQ_DEV void load_row(const float * src, int lane, float * v) {
+    v[(D + 31) / 32 - 1] = 0.0f;
+    for_row<D>(lane, [&](int i, int c) { load_floats<row_vector<D>()>(src + c, v + i); });
 }
 
 PYTQ_DEV int fresh_token(const decode_params & p) {
@@ -295,63 +326,58 @@ PYTQ_DEV void store_row(const decode_params & p, int seq, int head_kv, int row, 
 constexpr float LOG2E = 1.44269504f, MAGIC = 12582912.0f; // 1.5 * 2^23: int32 sums below 2^22 read as floats
 constexpr int MAGIC_BITS = 0x4b400000;
 
-// Coordinate i of the D / 8 that a lane holds while eight lanes share a row of the query.
+// The warps of a KV head share the work on its four rows: each takes every so many pairs of rows, sixteen lanes a row.
+// Coordinate i of the D / 16 that a lane holds:
 template <int D> PYTQ_DEV int query_coordinate(int i, int lane) {
-    return D % 32 == 0 ? 32 * (i >> 2) + 4 * (lane & 7) + (i & 3) : 8 * i + (lane & 7);
+    return D % 64 == 0 ? 64 * (i >> 2) + 4 * (lane & 15) + (i & 3) : 16 * i + (lane & 15);
 }
 
-// Four rows of a KV head's queries, zero behind the last.
+// Rows row0 + 2 pair + {0, 1} of a KV head's queries, zero behind the last.
 template <int D>
-PYTQ_DEV void load_query(const decode_params & p, int seq, int row0, int head_kv, int lane, float x[D / 8]) {
-    const int r = row0 + (lane >> 3), iq = (r * p.gqa_inverse) >> 16;
+PYTQ_DEV void load_query(const decode_params & p, int seq, int row0, int pair, int head_kv, int lane, float x[D / 16]) {
+    const int r = row0 + 2 * pair + (lane >> 4), iq = (r * p.gqa_inverse) >> 16;
     const float * const src =
         (const float *) (p.q + seq * p.q_nb3 + iq * p.q_nb1 + (head_kv * p.gqa + r - iq * p.gqa) * p.q_nb2);
+    constexpr int AT_ONCE = D % 64 == 0 ? 4 : 1;
 #pragma unroll
-    for (int i = 0; i < D / 8; i++) {
-        if constexpr (D % 32 == 0) {
-            if (i % 4 == 0) {
-                float4 f = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-                if (r < p.n_rows) {
-                    f = *(const float4 *) (src + query_coordinate<D>(i, lane));
-                }
-                x[i] = f.x, x[i + 1] = f.y, x[i + 2] = f.z, x[i + 3] = f.w;
-            }
-        } else {
-            x[i] = r < p.n_rows ? src[query_coordinate<D>(i, lane)] : 0.0f;
+    for (int i = 0; i < D / 16; i += AT_ONCE) {
+#pragma unroll
+        for (int n = 0; n < AT_ONCE; n++) {
+            x[i + n] = 0.0f;
+        }
+        if (r < p.n_rows) {
+            load_floats<AT_ONCE>(src + query_coordinate<D>(i, lane), x + i);
         }
     }
 }
 
-// Those rows in 16-bit fixed point as the operand qb, through a warp's scratch: high bytes are columns 0..3, low bytes
-// 4..7. row_factor: of rows 2 (j & 1) + {0, 1}, products to logits in units of log2; slope: ALiBi's, in that unit.
+// Those rows in 16-bit fixed point at an offset in shared memory: high bytes are columns 0..3 of the operand, low bytes
+// 4..7; behind it the largest value of each row.
 template <class K>
-PYTQ_DEV void stage_query(const decode_params & p, int row0, int head_kv, int lane, int scratch, float x[K::d / 8],
-                          uint32_t qb[query_words<K>()], float row_factor[2], float slope[2]) {
-    constexpr int D = K::d, QN = D / 8, QW = query_words<K>();
-    const int g = lane >> 2, j = lane & 3;
+PYTQ_DEV void stage_query(const decode_params & p, int pair, int lane, int operand, float x[K::d / 16]) {
+    constexpr int D = K::d, QN = D / 16, QW = query_words<K>();
+    const int row = 2 * pair + (lane >> 4), to = operand + row * 16 * QW;
     if constexpr (4 * QW * 4 > D) { // places without a coordinate
-        for (int i = lane; i < 8 * 4 * QW; i += 32) {
-            *(uint32_t *) (decode_smem + scratch + 4 * i) = 0u;
+        for (int i = lane & 15; i < 4 * QW; i += 16) {
+            *(uint32_t *) (decode_smem + to + 4 * i) = *(uint32_t *) (decode_smem + to + 4 * 16 * QW + 4 * i) = 0u;
         }
         __syncwarp();
     }
-    float m = 0.0f, factor = p.row_scale;
     if constexpr (walsh_order<D>()) {
         if (p.rotate_query) {
-            walsh<8, QN>(x, lane);
-            factor *= walsh_factor<D>();
+            walsh<16, QN>(x, lane);
         }
     }
+    float m = 0.0f;
 #pragma unroll
     for (int i = 0; i < QN; i++) {
         m = fmaxf(m, fabsf(x[i]));
     }
 #pragma unroll
-    for (int t = 1; t < 8; t *= 2) {
+    for (int t = 1; t < 16; t *= 2) {
         m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, t));
     }
     const float inv = m > 0.0f ? __fdividef(32512.0f, m) : 0.0f;
-    const int to = scratch + (lane >> 3) * 16 * QW;
     // low 16 bits: value + 128, so the high byte is rounded and the low byte is offset by 128
     const auto fixed = [&](int i) { return as_uint(fmaf(x[i], inv, MAGIC + 128.0f)); };
     if constexpr (query_by_words<K>()) {
@@ -366,7 +392,7 @@ PYTQ_DEV void stage_query(const decode_params & p, int row0, int head_kv, int la
             for (int n = 0; n < 2; n++) {
                 word[n] = permute(word[n], __shfl_xor_sync(0xffffffffu, word[n], 1), odd);
                 word[n] = permute(word[n], __shfl_xor_sync(0xffffffffu, word[n], 2), upper);
-                const int c = 8 * i + 4 * (lane & 4) + (lane & 3);
+                const int c = 16 * i + 4 * (lane & 12) + (lane & 3);
                 *(uint32_t *) (decode_smem + to + n * 4 * 16 * QW + query_byte<K>(c)) = word[n];
             }
         }
@@ -379,12 +405,29 @@ PYTQ_DEV void stage_query(const decode_params & p, int row0, int head_kv, int la
             *(uint8_t *) (decode_smem + at + 4 * 16 * QW) = (uint8_t) (t ^ 128u);
         }
     }
+    if ((lane & 15) == 0) {
+        *(float *) (decode_smem + operand + 8 * 16 * QW + 4 * row) = m;
+    }
+}
+
+// The operand, once it is there. row_factor: of rows 2 (j & 1) + {0, 1}, products to logits in units of log2; slope:
+// ALiBi's, in that unit.
+template <class K>
+PYTQ_DEV void read_query(const decode_params & p, int row0, int head_kv, int lane, int operand,
+                         uint32_t qb[query_words<K>()], float row_factor[2], float slope[2]) {
+    constexpr int QW = query_words<K>();
+    const int g = lane >> 2, j = lane & 3;
 #pragma unroll
-    for (int rr = 0; rr < 2; rr++) {
-        row_factor[rr] = __shfl_sync(0xffffffffu, m, 8 * (2 * (j & 1) + rr)) * factor;
+    for (int w = 0; w < QW; w++) {
+        qb[w] = shared_word(operand + 4 * ((g * 4 + j) * QW + w));
+    }
+    float factor = p.row_scale;
+    if constexpr (walsh_order<K::d>()) {
+        factor *= p.rotate_query ? walsh_factor<K::d>() : 1.0f;
     }
 #pragma unroll
     for (int rr = 0; rr < 2; rr++) {
+        row_factor[rr] = *(const float *) (decode_smem + operand + 8 * 16 * QW + 4 * (2 * (j & 1) + rr)) * factor;
         slope[rr] = LOG2E;
         if (p.max_bias > 0.0f) {
             const int rq = min(row0 + 2 * (j & 1) + rr, p.n_rows - 1);
@@ -392,12 +435,6 @@ PYTQ_DEV void stage_query(const decode_params & p, int row0, int head_kv, int la
             slope[rr] *= alibi_slope(p, head);
         }
     }
-    __syncwarp();
-#pragma unroll
-    for (int w = 0; w < QW; w++) {
-        qb[w] = shared_word(scratch + 4 * ((g * 4 + j) * QW + w));
-    }
-    __syncwarp(); // the weights will go to the same place
 }
 
 // ------------------------------------------------------------------------------------------------ logits and weights
@@ -513,8 +550,8 @@ template <class V> PYTQ_DEV void result_values(const float (*o)[4], int j, float
     }
 }
 
-// Joins up to 64 results of one row by a warp: v, the common reference exponent and the sum. load_meta(source, x) reads
-// (top, sum), load_values(source, y) the lane's N values.
+// Joins up to max_sources results of one row by a warp: v, the common reference exponent and the sum. load_meta(source,
+// x) reads (top, sum), load_values(source, y) the lane's N values.
 template <int N, class META, class VALUES>
 PYTQ_DEV void join_sources(int sources, int lane, const META & load_meta, const VALUES & load_values, float v[N],
                            float & top, float & sum) {

@@ -24,11 +24,11 @@ bool dependent_launch(const void * kernel) {
 #endif
 }
 
-// attention-short.cuh has been executed under a shim only: not before it is asked for.
+// PYTQ_CUDA_SHORT=0: short caches by attention-decode.cuh too, to compare.
 bool short_kernel() {
     static const bool enabled = [] {
         const char * e = getenv("PYTQ_CUDA_SHORT");
-        return e != nullptr && atoi(e) != 0;
+        return e == nullptr || atoi(e) != 0;
     }();
     return enabled;
 }

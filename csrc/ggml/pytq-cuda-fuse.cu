@@ -39,6 +39,7 @@ void pytq_cuda_graph_optimize(ggml_cgraph * graph, const ggml_backend_graph_opti
             if (f.attention >= 0) {
                 pytq_move_values_down(graph, w, f, i);
                 pytq_keep_operands(graph, f, params);
+                pytq_keep_operands(graph, f, pytq_find_branches(graph, w, f, i), params);
             }
             i = w.last;
         } else if (node->op == GGML_OP_FLASH_ATTN_EXT &&

@@ -599,49 +599,122 @@ static void few_rows_into(ggml_backend_cuda_context & ctx, const ggml_tensor * n
 }
 
 #if !defined(GGML_USE_HIP)
-// The writes of a token run on a stream of their own from the node in front of attention to node `join`, so that
-// attention and what follows it need not wait for the encoder.
+// What only the newest token needs runs on a stream of its own: the products, rope and norms that its keys and values
+// come from, beside those of the queries, and their way into the cache, beside attention and what follows it until
+// node `join`.
 struct side_stream {
-    cudaEvent_t begin = nullptr, done = nullptr;
+    cudaEvent_t fork = nullptr, ready = nullptr, done = nullptr;
     int device = -1; // that the events belong to
     int join = -1;   // node of the graph in progress
+    // of the graph in progress
+    const ggml_cgraph * graph = nullptr;
+    int at = 0;                     // last node that was looked at
+    std::vector<int8_t> stream;     // of its nodes
+    std::vector<bool> forks, joins; // before which the side stream starts, and is ready
 };
+constexpr int side_stream_no = 1;
 
 static side_stream & side_of(ggml_backend_cuda_context & ctx) {
     static std::mutex mutex;
     static std::unordered_map<const ggml_backend_cuda_context *, side_stream> sides;
     std::lock_guard<std::mutex> lock(mutex);
-    return sides[&ctx]; // (references into this map stay valid)
-}
-
-static void write_beside(ggml_backend_cuda_context & ctx, side_stream & side, const pytq_cache_writes & w, int join) {
-    ggml_cuda_set_device(ctx.device);
-    if (side.device != ctx.device) { // new, or the context at this address is another than before
-        if (side.begin) {
-            CUDA_CHECK(cudaEventDestroy(side.begin));
-            CUDA_CHECK(cudaEventDestroy(side.done));
+    side_stream & side = sides[&ctx]; // (references into this map stay valid)
+    if (side.device != ctx.device) {  // new, or the context at this address is another than before
+        ggml_cuda_set_device(ctx.device);
+        for (cudaEvent_t * e : {&side.fork, &side.ready, &side.done}) {
+            if (*e) {
+                CUDA_CHECK(cudaEventDestroy(*e));
+            }
+            CUDA_CHECK(cudaEventCreateWithFlags(e, cudaEventDisableTiming));
         }
         side.device = ctx.device;
-        CUDA_CHECK(cudaEventCreateWithFlags(&side.begin, cudaEventDisableTiming));
-        CUDA_CHECK(cudaEventCreateWithFlags(&side.done, cudaEventDisableTiming));
     }
-    constexpr int other = 1;
-    cudaStream_t stream = ctx.stream(ctx.device, other);
-    CUDA_CHECK(cudaEventRecord(side.begin, ctx.stream()));
-    CUDA_CHECK(cudaStreamWaitEvent(stream, side.begin, 0));
-    const int before = ctx.curr_stream_no;
-    ctx.curr_stream_no = other;
+    return side;
+}
+
+// The side stream waits for what the main one has been given so far, or the main one for the side stream.
+static void wait_for(cudaStream_t stream, cudaStream_t other, cudaEvent_t event) {
+    CUDA_CHECK(cudaEventRecord(event, other));
+    CUDA_CHECK(cudaStreamWaitEvent(stream, event, 0));
+}
+
+// Whether attention behind the writes w takes the newest token as it was before compression.
+static bool takes_fresh_token(const ggml_cgraph * graph, const pytq_fresh_token & f) {
+    return pytq_cuda_fusion_enabled() && pytq_decode_rotates_output && f.attention >= 0 && f.join >= 0 &&
+           few_rows_kernel(nullptr, graph->nodes[f.attention], nullptr, true);
+}
+
+// PYTQ_CUDA_BRANCHES=0: keys and values are made on the main stream, in front of attention.
+static bool branches_enabled() {
+    static const bool on = [] {
+        const char * e = getenv("PYTQ_CUDA_BRANCHES");
+        return !e || strcmp(e, "0") != 0;
+    }();
+    return on;
+}
+
+static void plan_streams(const ggml_backend_cuda_context & ctx, side_stream & side, const ggml_cgraph * graph) {
+    side.graph = graph;
+    side.stream.assign(graph->n_nodes, 0);
+    side.forks.assign(graph->n_nodes, false), side.joins.assign(graph->n_nodes, false);
+    for (int i = 0; i < graph->n_nodes && branches_enabled(); i++) {
+        if (!pytq_is_cache_write(graph->nodes[i])) {
+            continue;
+        }
+        const pytq_cache_writes w = pytq_find_cache_writes(graph, i, pytq_cuda_fusion_enabled());
+        const pytq_fresh_token f = pytq_find_fresh_token(graph, w);
+        if (takes_fresh_token(graph, f)) {
+            const pytq_branches b = pytq_find_branches(graph, w, f, i);
+            const bool here = std::all_of(b.product, b.product + 3, [&](const ggml_tensor * p) {
+                return p && p->src[0]->buffer &&
+                       ggml_backend_buffer_get_type(p->src[0]->buffer) == ggml_backend_cuda_buffer_type(ctx.device);
+            });
+            if (b.first >= 0 && here) {
+                side.forks[b.first] = side.joins[i] = true;
+                for (int j = b.first; j < i; j++) {
+                    side.stream[j] = b.of_keys[j - b.first] ? side_stream_no : 0;
+                }
+            }
+        }
+        i = w.last;
+    }
+}
+
+// The stream of node i.
+static void choose_stream(ggml_backend_cuda_context & ctx, side_stream & side, const ggml_cgraph * graph, int i) {
+    if (side.graph != graph || i <= side.at || (int) side.stream.size() != graph->n_nodes) {
+        plan_streams(ctx, side, graph);
+        side.at = -1;
+    }
+    for (int j = side.at + 1; j <= i; j++) { // nodes that do nothing are not looked at
+        if (side.forks[j]) {
+            wait_for(ctx.stream(ctx.device, side_stream_no), ctx.stream(ctx.device, 0), side.fork);
+        }
+    }
+    side.at = i;
+    ctx.curr_stream_no = side.stream[i];
+}
+
+static void write_beside(ggml_backend_cuda_context & ctx, side_stream & side, const pytq_cache_writes & w, int i,
+                         int join) {
+    const cudaStream_t stream = ctx.stream(ctx.device, side_stream_no), main = ctx.stream(ctx.device, 0);
+    if (side.joins[i]) {
+        wait_for(main, stream, side.ready);
+    } else {
+        wait_for(stream, main, side.fork);
+    }
+    ctx.curr_stream_no = side_stream_no;
     pytq_cache_writes only = w;
     only.queries = nullptr; // attention rotates them
     set_rows(ctx, only);
-    ctx.curr_stream_no = before;
+    ctx.curr_stream_no = 0;
     CUDA_CHECK(cudaEventRecord(side.done, stream));
     side.join = join;
 }
 
 static void join_side(ggml_backend_cuda_context & ctx, side_stream & side, int i) {
     if (side.join >= 0 && i >= side.join) {
-        CUDA_CHECK(cudaStreamWaitEvent(ctx.stream(), side.done, 0));
+        CUDA_CHECK(cudaStreamWaitEvent(ctx.stream(ctx.device, 0), side.done, 0));
         side.join = -1;
     }
 }
@@ -654,6 +727,7 @@ int pytq_cuda_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * grap
     }
 #if !defined(GGML_USE_HIP)
     side_stream & side = side_of(ctx);
+    choose_stream(ctx, side, graph, i);
     join_side(ctx, side, i);
 #endif
     switch (node->op) {
@@ -661,21 +735,21 @@ int pytq_cuda_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * grap
             return pytq_cuda_is_left_out(graph, i) ? 1 : 0;
         case GGML_OP_SET_ROWS:
             if (is_compressed(node)) {
-                const bool on = pytq_cuda_fusion_enabled();
-                const pytq_cache_writes w = pytq_find_cache_writes(graph, i, on);
-                const pytq_fresh_token f = pytq_find_fresh_token(graph, w);
-                if (!on || !pytq_decode_rotates_output || f.attention < 0 || f.join < 0 ||
-                    !few_rows_kernel(nullptr, graph->nodes[f.attention], nullptr, true)) {
-                    set_rows(ctx, w);
-                    return w.last - i + 1;
-                }
+                const pytq_cache_writes w = pytq_find_cache_writes(graph, i, pytq_cuda_fusion_enabled());
 #if !defined(GGML_USE_HIP)
-                write_beside(ctx, side, w, f.join);
-                const pytq_cuda_fresh fresh = {
-                    f.k->data, f.v->data, f.rows->data, f.rows->type == GGML_TYPE_I64 ? 8 : 4, f.first_row, f.turned};
-                few_rows_into(ctx, graph->nodes[f.attention], graph->nodes[f.last], f.turned ? f.q : nullptr, &fresh);
-                return f.last - i + 1;
+                const pytq_fresh_token f = pytq_find_fresh_token(graph, w);
+                if (takes_fresh_token(graph, f)) {
+                    write_beside(ctx, side, w, i, f.join);
+                    const pytq_cuda_fresh fresh = {f.k->data,    f.v->data,
+                                                   f.rows->data, f.rows->type == GGML_TYPE_I64 ? 8 : 4,
+                                                   f.first_row,  f.turned};
+                    few_rows_into(ctx, graph->nodes[f.attention], graph->nodes[f.last], f.turned ? f.q : nullptr,
+                                  &fresh);
+                    return f.last - i + 1;
+                }
 #endif
+                set_rows(ctx, w);
+                return w.last - i + 1;
             }
             return 0;
         case GGML_OP_FLASH_ATTN_EXT:

@@ -3,6 +3,7 @@
 #include "pytq.h"
 
 #include <algorithm>
+#include <unordered_map>
 
 static bool is_view(const ggml_tensor * t) {
     return t->op == GGML_OP_RESHAPE || t->op == GGML_OP_VIEW || t->op == GGML_OP_PERMUTE || t->op == GGML_OP_TRANSPOSE;
@@ -210,21 +211,26 @@ pytq_fresh_token pytq_find_fresh_token(const ggml_cgraph * graph, const pytq_cac
             f.attention = -1;
         }
     }
-    // the second product behind attention: by then even the slowest encoder is done. Products of one operand (gate and
-    // up) count as one, since they may run as one launch with what follows, where nothing waits in between.
+    // The third product behind attention if nothing touches this cache before, else the second: by then even the
+    // slowest encoder is done. Products of one operand (gate and up) count as one, since they may run as one launch
+    // with what follows, where nothing waits in between.
+    const auto touches = [&](const ggml_tensor * t) {
+        return t && (cache_of(t) == cache_of(k) || cache_of(t) == cache_of(v));
+    };
     int products = 0;
     const ggml_tensor * operand = nullptr;
-    for (int j = f.last + 1; j < graph->n_nodes && products < 2; j++) {
+    for (int j = f.last + 1; j < graph->n_nodes && products < 3; j++) {
         const ggml_tensor * t = graph->nodes[j];
-        if (t->op == GGML_OP_MUL_MAT || t->op == GGML_OP_MUL_MAT_ID) {
-            products += t->src[1] != operand;
-            operand = t->src[1];
-        }
-        if (pytq_is_cache_write(t)) {
+        if (pytq_is_cache_write(t) || (!does_nothing(t) && std::any_of(t->src, t->src + GGML_MAX_SRC, touches))) {
             break;
         }
-        if (products == 2) {
-            f.join = j;
+        if (t->op == GGML_OP_MUL_MAT || t->op == GGML_OP_MUL_MAT_ID) {
+            const bool first = t->src[1] != operand;
+            products += first;
+            operand = t->src[1];
+            if (products >= 2 && first && (t->flags & GGML_TENSOR_FLAG_COMPUTE)) {
+                f.join = j;
+            }
         }
     }
     for (int j = i; j < f.join; j++) {
@@ -234,6 +240,94 @@ pytq_fresh_token pytq_find_fresh_token(const ggml_cgraph * graph, const pytq_cac
         }
     }
     return f;
+}
+
+// The product of x that t is made from by rope, norms, sums and products by small matrices, or null. x null: the last
+// product that is no rotation.
+static const ggml_tensor * product_behind(const ggml_tensor * t, const ggml_tensor * x) {
+    for (int steps = 0; steps < 16; steps++) {
+        t = behind_views(t);
+        switch (t ? t->op : GGML_OP_NONE) {
+            case GGML_OP_MUL_MAT:
+                if (!pytq_is_rotation(t) && (!x || t->src[1] == x)) {
+                    return t;
+                }
+                t = t->src[1];
+                break;
+            case GGML_OP_ROPE:
+            case GGML_OP_RMS_NORM:
+            case GGML_OP_NORM:
+            case GGML_OP_MUL:
+            case GGML_OP_ADD:
+            case GGML_OP_SCALE:
+                t = t->src[0];
+                break;
+            default:
+                return nullptr;
+        }
+    }
+    return nullptr;
+}
+
+pytq_branches pytq_find_branches(const ggml_cgraph * graph, const pytq_cache_writes & w, const pytq_fresh_token & f,
+                                 int i) {
+    pytq_branches b;
+    const ggml_tensor * values = product_behind(f.v, nullptr);
+    const ggml_tensor * const x = values ? values->src[1] : nullptr;
+    b.product[0] = product_behind(f.q, x), b.product[1] = product_behind(f.k, x), b.product[2] = values;
+    int first = i;
+    for (const ggml_tensor * p : b.product) {
+        const int at = p ? index_before(graph, p, i) : -1;
+        if (at < 0) {
+            return b;
+        }
+        first = std::min(first, at);
+    }
+    std::unordered_map<const ggml_tensor *, bool> of_keys;
+    for (int n = 0; n < 3; n++) {
+        of_keys[b.product[n]] = n > 0;
+    }
+    if (of_keys.size() < 2 || b.product[0] == b.product[1] || b.product[0] == b.product[2]) {
+        return b;
+    }
+    b.of_keys.assign(i - first, false);
+    for (int j = first; j < i; j++) {
+        const ggml_tensor * t = graph->nodes[j];
+        if (does_nothing(t) || !(t->flags & GGML_TENSOR_FLAG_COMPUTE)) {
+            continue;
+        }
+        for (const ggml_tensor * src : t->src) {
+            const auto from = of_keys.find(behind_views(src));
+            if (!src || from == of_keys.end()) {
+                continue;
+            }
+            const bool belongs = from->second;
+            if (of_keys.emplace(t, belongs).first->second != belongs) {
+                return b; // to both
+            }
+        }
+        const auto at = of_keys.find(t);
+        if (at == of_keys.end()) {
+            return b; // to none
+        }
+        b.of_keys[j - first] = at->second;
+    }
+    // what one of them writes, the other neither writes nor reads
+    const auto runs = [&](int j) { return !does_nothing(graph->nodes[j]) && !w.leaves_out(graph->nodes[j]); };
+    for (int j = first; j < i; j++) {
+        for (int k = first; k < i; k++) {
+            const ggml_tensor *t = graph->nodes[j], *other = graph->nodes[k];
+            if (b.of_keys[j - first] == b.of_keys[k - first] || !runs(j) || !runs(k)) {
+                continue;
+            }
+            if (overlap(t, other) || std::any_of(other->src, other->src + GGML_MAX_SRC,
+                                                 [&](const ggml_tensor * src) { return src && overlap(t, src); })) {
+                return b;
+            }
+        }
+    }
+    b.first = first;
+    return b;
 }
 
 bool pytq_move_values_down(ggml_cgraph * graph, const pytq_cache_writes & w, const pytq_fresh_token & f, int i) {
@@ -285,5 +379,15 @@ void pytq_keep_operands(const ggml_cgraph * graph, const pytq_fresh_token & f,
                         const ggml_backend_graph_optimize_params * params) {
     for (ggml_tensor * t : {f.q, f.k, f.v, f.rows}) {
         params->add_alloc_dep(params->user_data, t, graph->nodes[t != f.q && f.join >= 0 ? f.join : f.last]);
+    }
+}
+
+void pytq_keep_operands(const ggml_cgraph * graph, const pytq_fresh_token & f, const pytq_branches & b,
+                        const ggml_backend_graph_optimize_params * params) {
+    for (size_t n = 0; n < b.of_keys.size() && b.first >= 0; n++) {
+        ggml_tensor * t = graph->nodes[b.first + n];
+        if (!b.of_keys[n] && !does_nothing(t)) {
+            params->add_alloc_dep(params->user_data, t, graph->nodes[f.attention]);
+        }
     }
 }

@@ -11,6 +11,8 @@
 #include "ggml-impl.h"
 #include "ggml.h"
 
+#include <vector>
+
 struct pytq_cache_write {
     const ggml_tensor * set_rows;
     const ggml_tensor * rotation; // product whose operand is written rotated instead of its result, or null
@@ -52,15 +54,28 @@ struct pytq_fresh_token {
 // Whether attention behind the writes w of graph may run before they are done.
 pytq_fresh_token pytq_find_fresh_token(const ggml_cgraph * graph, const pytq_cache_writes & w);
 
+// What queries come from on the one hand, keys and values on the other.
+struct pytq_branches {
+    int first = -1;            // first node of them, or -1 if they cannot run beside each other; they end at the writes
+    std::vector<bool> of_keys; // whether node first + n belongs to keys and values
+    const ggml_tensor * product[3]; // of queries, keys, values
+};
+
+// Those before the writes w at node i, if all begin with a product of the same operand.
+pytq_branches pytq_find_branches(const ggml_cgraph * graph, const pytq_cache_writes & w, const pytq_fresh_token & f,
+                                 int i);
+
 // Moves the product that yields the values behind the rope of the keys if that is the last thing done before the writes
 // w, which begin at node i. What writes and attends to the cache is launched while the node in front of it runs, and a
 // product runs longer than a rope. To be called before memory is allocated.
 bool pytq_move_values_down(ggml_cgraph * graph, const pytq_cache_writes & w, const pytq_fresh_token & f, int i);
 
 // Asks the allocator to keep what these patterns read: of the writes, of attention at node i rotated by node r, of
-// attention beside the writes (which may take until f.join).
+// attention beside the writes (which may take until f.join), of the queries while keys and values are made beside them.
 void pytq_keep_operands(const ggml_cgraph * graph, const pytq_cache_writes & w,
                         const ggml_backend_graph_optimize_params * params);
 void pytq_keep_operands(const ggml_cgraph * graph, int i, int r, const ggml_backend_graph_optimize_params * params);
 void pytq_keep_operands(const ggml_cgraph * graph, const pytq_fresh_token & f,
+                        const ggml_backend_graph_optimize_params * params);
+void pytq_keep_operands(const ggml_cgraph * graph, const pytq_fresh_token & f, const pytq_branches & b,
                         const ggml_backend_graph_optimize_params * params);

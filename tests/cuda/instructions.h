@@ -170,6 +170,9 @@ inline void cluster_write(const float * x, int at, uint32_t rank, int n, int bar
     if (other.left) {
         fail("a store to a block that has left");
     }
+    if (m.cluster_blocks < 2) {
+        fail("a store to a cluster of one block, which hardware refuses");
+    }
     if (at < 0 || at + bytes > m.dynamic_bytes || at % bytes) {
         fail("a store to a cluster outside the block's shared memory, or not aligned");
     }
@@ -237,6 +240,9 @@ inline void barrier_wait(int at, int phase) {
     if (!shim::faulty("wait")) {
         shim::wait_for([=] { return shim::mbarrier::at(at).phase != phase; });
     }
+}
+inline uint32_t count_arrival(int at, uint32_t last) {
+    return atomicInc((uint32_t *) (shim::gpu().dynamic + at), last);
 }
 inline void copy_bulk(int to, const void * src, int bytes, int barrier) {
     shim::check_copy(to, src, bytes);

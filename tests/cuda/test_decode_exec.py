@@ -58,6 +58,7 @@ MORE = [
     "n_kv=900 heads=6 gqa=2 n_q=4 n_seq=3 mask=2 sinks=1 rotate=1 alibi=1 n_sm=3",
     "n_kv=700 heads=32 gqa=1 mask=1 n_sm=16 shared=50000",
     "n_kv=2047 heads=5 gqa=3 mask=1 n_sm=7 shared=101376",
+    "n_kv=4200 heads=1 gqa=4 n_seq=16 n_sm=128",  # as many results of a row as are joined at once, and more
 ]
 
 
@@ -178,7 +179,7 @@ def test_decode(tmp_path: Path, host_compiler: list[str], reference: list[Path],
     results = [result for result in results if (result["k"], result["v"], int(result["d"])) == FIRST]
     assert {result.number("teams") for result in results} == {1, 2}
     short = [result for result in results if result["is_short"] == "1"]
-    assert {result.number("cluster") for result in short} == {1, 2, 4, 8}
+    assert {result.number("cluster") for result in short} == {2, 4, 8}
     assert {result["aligned"] for result in short} == {"0", "1"}
     results = [result for result in results if result["is_short"] == "0"]
     assert {result.number("cluster") for result in results} == {1, 2, 4, 8}

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <string>
+#include <string>
 #include <vector>
 
 static constexpr int D = 64, HEADS = 4, KV_HEADS = 2, EMBD = D * HEADS, CELLS = 48, N_KV = 32;
@@ -19,7 +20,8 @@ struct variant {
          product_used_later = false, norm_behind_rope = false;
     bool other_row_types = false, other_streams = false, write_before_second_product = false;
     bool result_over_keys = false, keys_overwritten_before_write = false, values_overwritten_before_join = false,
-         rows_overwritten_before_join = false, gate_and_up_first = false;
+         rows_overwritten_before_join = false, gate_and_up_first = false, gate_and_up_last = false,
+         cache_read_again = false, unrelated = false, of_both = false, keys_over_queries = false;
     int products = 3;
 };
 
@@ -70,11 +72,16 @@ static layer build(ggml_context * ctx, const variant & o) {
     const auto rope = [&](ggml_tensor * t, const char * name) {
         return named(ggml_rope(ctx, t, positions, D, 0), name);
     };
-    ggml_tensor * q = rope(ggml_reshape_3d(ctx, product(ctx, x, EMBD, "Wq"), D, HEADS, n), "rope_q");
+    ggml_tensor * wq = product(ctx, x, EMBD, "Wq");
+    ggml_tensor * q = rope(ggml_reshape_3d(ctx, wq, D, HEADS, n), "rope_q");
     ggml_tensor * wv = product(ctx, x, D * KV_HEADS, "Wv");
     ggml_tensor * v = o.bias ? named(ggml_add(ctx, wv, ggml_new_tensor_1d(ctx, GGML_TYPE_F32, wv->ne[0])), "bias") : wv;
     v = ggml_reshape_3d(ctx, v, D, KV_HEADS, n);
-    ggml_tensor * roped = rope(ggml_reshape_3d(ctx, product(ctx, x, D * KV_HEADS, "Wk"), D, KV_HEADS, n), "rope_k");
+    ggml_tensor * wk = product(ctx, x, D * KV_HEADS, "Wk");
+    if (o.keys_over_queries) {
+        wk->data = wq->data;
+    }
+    ggml_tensor * roped = rope(ggml_reshape_3d(ctx, wk, D, KV_HEADS, n), "rope_k");
     ggml_tensor * k = o.norm_behind_rope ? named(ggml_rms_norm(ctx, roped, 1e-5f), "norm") : roped;
     ggml_tensor *k_plain = k, *v_plain = v;
     if (o.turn_queries) {
@@ -91,7 +98,13 @@ static layer build(ggml_context * ctx, const variant & o) {
         add(v);
     }
     if (o.product_used_between) {
-        add(ggml_scale(ctx, wv, 2.0f));
+        add(named(ggml_scale(ctx, wv, 2.0f), "between"));
+    }
+    if (o.unrelated) {
+        add(ggml_scale(ctx, ggml_new_tensor_1d(ctx, GGML_TYPE_F32, 8), 2.0f));
+    }
+    if (o.of_both) {
+        add(ggml_add(ctx, wv, ggml_view_2d(ctx, wq, wv->ne[0], n, wq->nb[1], 0)));
     }
     add(k);
     add(v);
@@ -143,16 +156,23 @@ static layer build(ggml_context * ctx, const variant & o) {
     } else if (o.result_over_keys) {
         attention->data = k_plain->data;
     }
+    const auto gate_and_up = [&] {
+        ggml_tensor *gate = product(ctx, x, EMBD, "gate"), *up = product(ctx, x, EMBD, "up");
+        return ggml_swiglu_split(ctx, gate, up);
+    };
     if (o.gate_and_up_first) { // feed-forward beside attention
         add(result);
-        ggml_tensor *gate = product(ctx, x, EMBD, "gate"), *up = product(ctx, x, EMBD, "up");
-        add(product(ctx, ggml_swiglu_split(ctx, gate, up), EMBD, "down"));
+        add(product(ctx, gate_and_up(), EMBD, "down"));
     }
     static const char * names[] = {"product1", "product2", "product3"};
     for (int i = 0; i < o.products; i++) {
         if (i == 1 && o.write_before_second_product) {
             add(result);
             write(cache_k, roped, rows_k);
+        }
+        if (i == 2 && o.cache_read_again) { // as by a layer that shares it
+            add(result);
+            add(ggml_get_rows(ctx, cache_v, positions));
         }
         result = product(ctx, result, EMBD, names[i]);
         if (i == 0) {
@@ -166,6 +186,9 @@ static layer build(ggml_context * ctx, const variant & o) {
         }
     }
     add(result);
+    if (o.gate_and_up_last) {
+        add(gate_and_up());
+    }
     if (o.query_elsewhere) {
         add(ggml_scale(ctx, q, 2.0f));
     }
@@ -209,6 +232,13 @@ static void report(const variant & o) {
         const pytq_fresh_token f = pytq_find_fresh_token(graph, w);
         printf("%s;%s;found=%d", o.name, when, f.attention >= 0);
         if (f.attention >= 0) {
+            const pytq_branches b = pytq_find_branches(graph, w, f, first_write(graph));
+            std::string beside = b.first < 0 ? "-" : graph->nodes[b.first]->name;
+            for (int n = 0; n < (int) b.of_keys.size() && b.first >= 0; n++) {
+                const ggml_tensor * t = graph->nodes[b.first + n];
+                beside += b.of_keys[n] && !pytq_is_rotation(t) ? std::string("+") + t->name : "";
+            }
+            printf(";branches=%s", beside.c_str());
             printf(";attention=%s;last=%s;turned=%d;q=%s;k=%s;v=%s;rows=%s;keys=%d;first_row=%d;join=%s",
                    graph->nodes[f.attention]->name, graph->nodes[f.last]->name, f.turned, root(f.q), root(f.k),
                    root(f.v), f.rows->name, f.keys, (int) f.first_row, f.join < 0 ? "-" : graph->nodes[f.join]->name);
@@ -252,6 +282,11 @@ int main() {
     with("values overwritten before join", [](variant & o) { o.values_overwritten_before_join = true; });
     with("rows overwritten before join", [](variant & o) { o.rows_overwritten_before_join = true; });
     with("gate and up first", [](variant & o) { o.gate_and_up_first = true; });
+    with("gate and up last", [](variant & o) { o.gate_and_up_last = true, o.products = 2; });
+    with("unrelated node", [](variant & o) { o.unrelated = true; });
+    with("node of queries and values", [](variant & o) { o.of_both = true; });
+    with("keys over queries", [](variant & o) { o.keys_over_queries = true; });
+    with("cache read again", [](variant & o) { o.cache_read_again = true; });
     with("bias", [](variant & o) { o.bias = true; });
     with("norm behind rope", [](variant & o) { o.norm_behind_rope = true; });
     with("values last", [](variant & o) { o.keys_last = false; });

@@ -101,6 +101,7 @@ struct machine {
     copying when = copying::late;
     char *shared = nullptr, *dynamic = nullptr; // all shared memory; its dynamic part
     size_t shared_bytes = 0, capacity = 0, dynamic_bytes = 0;
+    int cluster_blocks = 1;
 
     uint32_t random(uint32_t below) {
         seed ^= seed << 13, seed ^= seed >> 17, seed ^= seed << 5;
@@ -385,6 +386,7 @@ struct machine {
             fail("a kernel wants more shared memory than a work-group has");
         }
         const int all = (int) (grid.x * grid.y * grid.z), n = together ? all : cluster;
+        cluster_blocks = cluster;
         if (cluster > 64 || (int) grid.x % cluster) {
             fail("the grid is no whole number of clusters");
         }

@@ -1,11 +1,12 @@
 // Op-level harness for attention over compressed caches: checks it against double precision over the blocks as csrc/ref
 // decodes them, and times it.
 //
-//   attention_bench check            every compiled pair: shapes, masks, sinks, soft-cap, ALiBi, rotated output, f16
-//   slices attention_bench sanitize         the same on small sizes only attention_bench time [n_kv ...]  decode
-//   attention over rotating caches larger than L2, in CUDA graphs; f16 slices
-// SHORT=8 in the environment: short caches by attention_short. Prints one JSON object per line; exit code 1 if a check
-// fails.
+//   attention_bench check            every compiled pair: shapes, masks, sinks, soft-cap, ALiBi, rotated output, slices
+//   attention_bench sanitize         the same on small sizes only
+//   attention_bench time [n_kv ...]  decode attention over rotating caches larger than L2, in CUDA graphs; f16 slices
+//
+// SHORT=0 in the environment: short caches by attention_decode too. Prints one JSON object per line; exit code 1 if a
+// check fails.
 #include "../../csrc/cuda/attention-launch.cuh"
 #include "../../csrc/cuda/decode-values.cuh"
 #include "../../csrc/cuda/encode-launch.cuh"
@@ -92,7 +93,7 @@ template <int KT, int VT> struct runner {
         if (getenv("CLUSTER")) { // of many splits
             device.many_cluster = atoi(getenv("CLUSTER"));
         }
-        if (getenv("SHORT")) { // largest cluster of attention_short
+        if (getenv("SHORT")) { // largest cluster of attention_short; 0: not used
             device.short_cluster = atoi(getenv("SHORT"));
         }
         CHECK((pytq::decode_prepare<KT, VT>(p, plan, device)));
