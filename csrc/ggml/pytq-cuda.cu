@@ -608,9 +608,10 @@ struct side_stream {
     int join = -1;   // node of the graph in progress
     // of the graph in progress
     const ggml_cgraph * graph = nullptr;
-    int at = 0;                     // last node that was looked at
-    std::vector<int8_t> stream;     // of its nodes
-    std::vector<bool> forks, joins; // before which the side stream starts, and is ready
+    const ggml_tensor *first = nullptr, *last = nullptr; // its nodes: parts of a graph may come at one address
+    int at = 0;                                          // last node that was looked at
+    std::vector<int8_t> stream;                          // of its nodes
+    std::vector<bool> forks, joins;                      // before which the side stream starts, and is ready
 };
 constexpr int side_stream_no = 1;
 
@@ -654,7 +655,7 @@ static bool branches_enabled() {
 }
 
 static void plan_streams(const ggml_backend_cuda_context & ctx, side_stream & side, const ggml_cgraph * graph) {
-    side.graph = graph;
+    side.graph = graph, side.first = graph->nodes[0], side.last = graph->nodes[graph->n_nodes - 1];
     side.stream.assign(graph->n_nodes, 0);
     side.forks.assign(graph->n_nodes, false), side.joins.assign(graph->n_nodes, false);
     for (int i = 0; i < graph->n_nodes && branches_enabled(); i++) {
@@ -682,7 +683,8 @@ static void plan_streams(const ggml_backend_cuda_context & ctx, side_stream & si
 
 // The stream of node i.
 static void choose_stream(ggml_backend_cuda_context & ctx, side_stream & side, const ggml_cgraph * graph, int i) {
-    if (side.graph != graph || i <= side.at || (int) side.stream.size() != graph->n_nodes) {
+    if (i <= side.at || side.graph != graph || (int) side.stream.size() != graph->n_nodes ||
+        side.first != graph->nodes[0] || side.last != graph->nodes[graph->n_nodes - 1]) {
         plan_streams(ctx, side, graph);
         side.at = -1;
     }
