@@ -3,6 +3,7 @@
 //   PYTQ_EXTRA_V    further families of values for head size 128: X(name) ...
 #include "pytq-attention-params.cuh"
 #include "pytq-cuda-impl.cuh"
+#include "pytq-switch.h"
 
 #include "cuda/attention-launch.cuh"
 
@@ -13,10 +14,7 @@ namespace {
 // As upstream decides it (ggml_cuda_kernel_launch).
 bool dependent_launch(const void * kernel) {
 #if defined(GGML_CUDA_USE_PDL)
-    static const bool enabled = [] {
-        const char * e = getenv("GGML_CUDA_PDL");
-        return e == nullptr || atoi(e) != 0;
-    }();
+    static const bool enabled = pytq_switch("GGML_CUDA_PDL");
     return enabled && ggml_cuda_kernel_can_use_pdl(kernel);
 #else
     GGML_UNUSED(kernel);
@@ -26,10 +24,7 @@ bool dependent_launch(const void * kernel) {
 
 // PYTQ_CUDA_SHORT=0: short caches by attention-decode.cuh too, to compare.
 bool short_kernel() {
-    static const bool enabled = [] {
-        const char * e = getenv("PYTQ_CUDA_SHORT");
-        return e == nullptr || atoi(e) != 0;
-    }();
+    static const bool enabled = pytq_switch("PYTQ_CUDA_SHORT");
     return enabled;
 }
 

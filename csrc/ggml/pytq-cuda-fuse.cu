@@ -1,16 +1,11 @@
 #include "pytq-cuda-fuse.h"
 
 #include "pytq-cuda.h"
+#include "pytq-switch.h"
 #include "pytq.h"
 
-#include <cstdlib>
-#include <cstring>
-
 bool pytq_cuda_fusion_enabled() {
-    static const bool on = [] {
-        const char * e = getenv("PYTQ_CUDA_FUSE");
-        return !e || strcmp(e, "0") != 0;
-    }();
+    static const bool on = pytq_switch("PYTQ_CUDA_FUSE");
     return on;
 }
 

@@ -1,8 +1,8 @@
 // Which of the patterns of pytq-fuse.h run as one launch on CUDA and HIP (pytq-cuda.cu).
 //
 // The launch that writes the cache also rotates what it writes, and the queries. Where one token is written and
-// attended to at once, writing and attention are one launch, and attention takes that token as it was before.
-// PYTQ_CUDA_FUSE=0 switches all of this off.
+// attended to at once, attention takes that token as it was before, while a stream of its own makes and writes its keys
+// and values (PYTQ_CUDA_BRANCHES=0: writes them). PYTQ_CUDA_FUSE=0 switches all of this off.
 #pragma once
 
 #include "pytq-fuse.h"

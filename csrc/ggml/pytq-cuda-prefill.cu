@@ -1,18 +1,15 @@
 // Attention of many query rows by the kernel of cuda/attention-prefill.cuh, for devices of compute capability 9.0.
 #include "pytq-attention-params.cuh"
 #include "pytq-cuda-impl.cuh"
+#include "pytq-switch.h"
 
 #include <algorithm>
-#include <cstdlib>
 
 #if defined(PYTQ_CUDA_PREFILL) // pytq-cuda.cmake: the instances are part of this build
 #include "pytq-prefill.h"
 
 static bool enabled() {
-    static const bool on = [] {
-        const char * e = getenv("PYTQ_CUDA_PREFILL");
-        return e == nullptr || atoi(e) != 0;
-    }();
+    static const bool on = pytq_switch("PYTQ_CUDA_PREFILL");
     return on;
 }
 

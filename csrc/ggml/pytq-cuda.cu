@@ -12,6 +12,7 @@
 #include "fattn.cuh"
 #include "pytq-cuda-fuse.h"
 #include "pytq-portable.h"
+#include "pytq-switch.h"
 #if !defined(GGML_USE_HIP)
 #include "pytq-cuda-impl.cuh"
 #endif
@@ -647,10 +648,7 @@ static bool takes_fresh_token(const ggml_cgraph * graph, const pytq_fresh_token 
 
 // PYTQ_CUDA_BRANCHES=0: keys and values are made on the main stream, in front of attention.
 static bool branches_enabled() {
-    static const bool on = [] {
-        const char * e = getenv("PYTQ_CUDA_BRANCHES");
-        return !e || strcmp(e, "0") != 0;
-    }();
+    static const bool on = pytq_switch("PYTQ_CUDA_BRANCHES");
     return on;
 }
 
