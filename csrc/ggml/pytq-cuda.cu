@@ -612,7 +612,13 @@ struct side_stream {
     const ggml_tensor *first = nullptr, *last = nullptr; // its nodes: parts of a graph may come at one address
     int at = 0;                                          // last node that was looked at
     std::vector<int8_t> stream;                          // of its nodes
-    std::vector<bool> forks, joins;                      // before which the side stream starts, and is ready
+    std::vector<bool> forks;                             // before which the side stream starts
+    struct token {
+        pytq_cache_writes writes;
+        pytq_fresh_token fresh;
+        bool beside; // keys and values are made on the side stream
+    };
+    std::unordered_map<int, token> tokens; // that attention takes uncompressed, by the node of the first write
 };
 constexpr int side_stream_no = 1;
 
@@ -654,22 +660,24 @@ static bool branches_enabled() {
 
 static void plan_streams(const ggml_backend_cuda_context & ctx, side_stream & side, const ggml_cgraph * graph) {
     side.graph = graph, side.first = graph->nodes[0], side.last = graph->nodes[graph->n_nodes - 1];
-    side.stream.assign(graph->n_nodes, 0);
-    side.forks.assign(graph->n_nodes, false), side.joins.assign(graph->n_nodes, false);
-    for (int i = 0; i < graph->n_nodes && branches_enabled(); i++) {
+    side.stream.assign(graph->n_nodes, 0), side.forks.assign(graph->n_nodes, false);
+    side.tokens.clear();
+    for (int i = 0; i < graph->n_nodes; i++) {
         if (!pytq_is_cache_write(graph->nodes[i])) {
             continue;
         }
         const pytq_cache_writes w = pytq_find_cache_writes(graph, i, pytq_cuda_fusion_enabled());
         const pytq_fresh_token f = pytq_find_fresh_token(graph, w);
         if (takes_fresh_token(graph, f)) {
-            const pytq_branches b = pytq_find_branches(graph, w, f, i);
-            const bool here = std::all_of(b.product, b.product + 3, [&](const ggml_tensor * p) {
-                return p && p->src[0]->buffer &&
-                       ggml_backend_buffer_get_type(p->src[0]->buffer) == ggml_backend_cuda_buffer_type(ctx.device);
-            });
-            if (b.first >= 0 && here) {
-                side.forks[b.first] = side.joins[i] = true;
+            const pytq_branches b = branches_enabled() ? pytq_find_branches(graph, w, f, i) : pytq_branches();
+            const bool beside =
+                b.first >= 0 && std::all_of(b.product, b.product + 3, [&](const ggml_tensor * p) {
+                    const ggml_backend_buffer_t of = p->src[0]->buffer;
+                    return of && ggml_backend_buffer_get_type(of) == ggml_backend_cuda_buffer_type(ctx.device);
+                });
+            side.tokens[i] = {w, f, beside};
+            if (beside) {
+                side.forks[b.first] = true;
                 for (int j = b.first; j < i; j++) {
                     side.stream[j] = b.of_keys[j - b.first] ? side_stream_no : 0;
                 }
@@ -695,21 +703,20 @@ static void choose_stream(ggml_backend_cuda_context & ctx, side_stream & side, c
     ctx.curr_stream_no = side.stream[i];
 }
 
-static void write_beside(ggml_backend_cuda_context & ctx, side_stream & side, const pytq_cache_writes & w, int i,
-                         int join) {
+static void write_beside(ggml_backend_cuda_context & ctx, side_stream & side, const side_stream::token & t) {
     const cudaStream_t stream = ctx.stream(ctx.device, side_stream_no), main = ctx.stream(ctx.device, 0);
-    if (side.joins[i]) {
+    if (t.beside) {
         wait_for(main, stream, side.ready);
     } else {
         wait_for(stream, main, side.fork);
     }
     ctx.curr_stream_no = side_stream_no;
-    pytq_cache_writes only = w;
+    pytq_cache_writes only = t.writes;
     only.queries = nullptr; // attention rotates them
     set_rows(ctx, only);
     ctx.curr_stream_no = 0;
     CUDA_CHECK(cudaEventRecord(side.done, stream));
-    side.join = join;
+    side.join = t.fresh.join;
 }
 
 static void join_side(ggml_backend_cuda_context & ctx, side_stream & side, int i) {
@@ -735,11 +742,11 @@ int pytq_cuda_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * grap
             return pytq_cuda_is_left_out(graph, i) ? 1 : 0;
         case GGML_OP_SET_ROWS:
             if (is_compressed(node)) {
-                const pytq_cache_writes w = pytq_find_cache_writes(graph, i, pytq_cuda_fusion_enabled());
 #if !defined(GGML_USE_HIP)
-                const pytq_fresh_token f = pytq_find_fresh_token(graph, w);
-                if (takes_fresh_token(graph, f)) {
-                    write_beside(ctx, side, w, i, f.join);
+                const auto token = side.tokens.find(i);
+                if (token != side.tokens.end()) {
+                    write_beside(ctx, side, token->second);
+                    const pytq_fresh_token & f = token->second.fresh;
                     const pytq_cuda_fresh fresh = {f.k->data,    f.v->data,
                                                    f.rows->data, f.rows->type == GGML_TYPE_I64 ? 8 : 4,
                                                    f.first_row,  f.turned};
@@ -748,6 +755,7 @@ int pytq_cuda_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * grap
                     return f.last - i + 1;
                 }
 #endif
+                const pytq_cache_writes w = pytq_find_cache_writes(graph, i, pytq_cuda_fusion_enabled());
                 set_rows(ctx, w);
                 return w.last - i + 1;
             }
