@@ -560,13 +560,7 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1)
             for (int w = 0; w < VS::n_windows; w++) {
                 result_values<V>(o[w], j_, book<V::code, VB>::step(), y + w * VS::width);
             }
-#pragma unroll
-            for (int rr = 0; rr < 2; rr++) {
-#pragma unroll
-                for (int s = 2; s < 32; s *= 2) {
-                    sum[rr] += __shfl_xor_sync(0xffffffffu, sum[rr], s);
-                }
-            }
+            sum_tokens(sum);
             float row_top = j_ < 2 ? top[0] : top[1], row_sum = j_ < 2 ? sum[0] : sum[1];
             if (team == 1) {
 #pragma unroll
@@ -655,13 +649,7 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1)
         if (with_fresh(first_unit)) {
             load_fresh(first_unit, lane_);
         }
-#pragma unroll
-        for (int rr = 0; rr < 2; rr++) {
-#pragma unroll
-            for (int s = 2; s < 32; s *= 2) {
-                sum[rr] += __shfl_xor_sync(0xffffffffu, sum[rr], s);
-            }
-        }
+        sum_tokens(sum);
         if (g_ == 0) {
             float * const meta = (float *) (decode_smem + meta_at) + 2 * (warp_ * 4 + row);
             meta[0] = j_ < 2 ? top[0] : top[1];

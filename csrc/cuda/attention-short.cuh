@@ -316,13 +316,7 @@ __global__ void __launch_bounds__(32 * short_warps, 1) attention_short(const PYT
                 cluster_push<PUSH>(&y[i], at + 4 * (g * VS::per_lane + w * VS::width + i), to, short_join_barrier);
             }
         }
-#pragma unroll
-        for (int rr = 0; rr < 2; rr++) {
-#pragma unroll
-            for (int s = 2; s < 32; s *= 2) {
-                sum[rr] += __shfl_xor_sync(0xffffffffu, sum[rr], s);
-            }
-        }
+        sum_tokens(sum);
         if (g == 0) {
             const float meta[2] = {j < 2 ? top[0] : top[1], j < 2 ? sum[0] : sum[1]};
             cluster_push<2>(meta, meta_at + 8 * (slot * sources + source), to, short_join_barrier);

@@ -497,6 +497,17 @@ PYTQ_DEV void weigh(const float logit[N][2], const float lv[N], int j, float top
     }
 }
 
+// Sums of two rows over the tokens of a warp; lanes with the same lowest bit hold the same rows.
+PYTQ_DEV void sum_tokens(float sum[2]) {
+#pragma unroll
+    for (int rr = 0; rr < 2; rr++) {
+#pragma unroll
+        for (int s = 2; s < 32; s *= 2) {
+            sum[rr] += __shfl_xor_sync(0xffffffffu, sum[rr], s);
+        }
+    }
+}
+
 // ------------------------------------------------------------------------------------------------ values
 
 // Index planes of window W of two tokens, u and u + apart bytes further: bytes A0 B0 A1 B1.
