@@ -718,11 +718,12 @@ template <int D> __global__ void __launch_bounds__(32 * join_warps) attention_jo
     const long long at = (((long long) seq * p.n_head_kv + head_kv) * p.n_rows + row) * p.n_parts;
     grid_trigger();
     fresh_part<D> fresh;
-    if (p.fresh.k && warp == 0) { // written before the kernel that encodes the token began
-        fresh.load(p, fresh_token(p), head_kv, row, lane);
-        fresh.finish(p, head_kv, row);
+    const bool with_fresh = p.fresh.k && warp == 0;
+    const int token = with_fresh ? fresh_token(p) : 0;
+    grid_wait(); // for the newest token's key and value too: this kernel may be launched before they are there
+    if (with_fresh) {
+        fresh.load(p, token, head_kv, row, lane);
     }
-    grid_wait();
 
     float v[N], top = -1e30f, sum = 0.0f;
 #pragma unroll
@@ -766,6 +767,9 @@ template <int D> __global__ void __launch_bounds__(32 * join_warps) attention_jo
                 v[i] = fmaf(y[q][i], f, v[i]);
             }
         }
+    }
+    if (with_fresh) {
+        fresh.finish(p, head_kv, row);
     }
 #pragma unroll
     for (int i = 0; i < N; i++) {

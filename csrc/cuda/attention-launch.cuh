@@ -93,13 +93,22 @@ cudaError_t decode_launch_one(void (*kernel)(P), dim3 grid, int threads, int sha
     return cudaLaunchKernelEx(&c, kernel, p);
 }
 
+// ready: when the newest token's key and value are there, or null if they are. Only the kernel that adds them waits.
 template <int KT, int VT, bool BOTH = true>
-cudaError_t decode_launch(const decode_params & p, const decode_plan & plan, bool dependent, cudaStream_t stream) {
+cudaError_t decode_launch(const decode_params & p, const decode_plan & plan, bool dependent, cudaStream_t stream,
+                          cudaEvent_t ready = nullptr) {
     const dim3 grid((unsigned) p.n_splits, (unsigned) (p.n_head_kv / p.heads_per_block),
                     (unsigned) (p.n_seq * p.row_tiles));
     const int threads = 32 * p.teams * p.heads_per_block * p.warps_per_head;
-    cudaError_t e = decode_launch_one(decode_kernel<KT, VT, BOTH>(plan), grid, threads, plan.shared_bytes, p.cluster,
-                                      dependent, stream, p);
+    const auto wait_until_ready = [&] { return ready ? cudaStreamWaitEvent(stream, ready, 0) : cudaSuccess; };
+    cudaError_t e = p.n_parts > 1 ? cudaSuccess : wait_until_ready();
+    if (e == cudaSuccess) {
+        e = decode_launch_one(decode_kernel<KT, VT, BOTH>(plan), grid, threads, plan.shared_bytes, p.cluster, dependent,
+                              stream, p);
+    }
+    if (e == cudaSuccess && p.n_parts > 1) {
+        e = wait_until_ready();
+    }
     if (e == cudaSuccess && p.n_parts > 1) {
         e = decode_launch_one(attention_join<type<KT>::d>,
                               dim3((unsigned) p.n_rows, (unsigned) p.n_head_kv, (unsigned) p.n_seq), 32 * join_warps, 0,

@@ -25,7 +25,7 @@ struct decode_params {
     const char * v;
     const char * mask;   // f16 [n_kv, n_q, 1, n_seq_mask] or null
     const float * sinks; // [n_head] or null
-    char * dst;          // f32 [d, n_head, n_q, n_seq]
+    char * dst;          // f32 [d, n_head, n_q, n_seq], or the same as blocks of Q8_1 (q8_1)
     float * part;        // unnormalised outputs [seq][head_kv][row][part][d]; unused with one part
     float2 * meta;       // (reference exponent, sum) [seq][head_kv][row][part]
     long long q_nb1, q_nb2, q_nb3, k_nb1, k_nb2, k_nb3, v_nb1, v_nb2, v_nb3, mask_nb1, mask_nb3;
@@ -43,6 +43,7 @@ struct decode_params {
     bool mask_vectors; // mask rows may be copied 16 bytes at a time
     bool rotate;       // multiply the result by the Walsh matrix of order d over sqrt(d)
     bool rotate_query; // and the query
+    bool q8_1;         // store the result as upstream's products of a quantised matrix by a vector read it
     float scale, softcap, max_bias;
     float slope_log2[2]; // log2 of the bases of ALiBi's slopes: heads below n_head_log2, and the others
     float row_scale; // logits before the soft-cap in units of it, else in units of log2; per step of the fixed-point
@@ -278,6 +279,42 @@ template <int D> struct fresh_part {
     }
 };
 
+// A row v * f whose first value is number `first` of the result, as blocks of 32 values: half2 (scale, sum), 32 bytes.
+// That is upstream's block_q8_1, and rounded as upstream rounds it.
+constexpr int q8_1_bytes = 36;
+template <int D> PYTQ_DEV void store_q8_1(char * to, long long first, const float * v, float f, int lane) {
+    constexpr int VECTOR = row_vector<D>();
+    for_row<D>(lane, [&](int i, int c) {
+        float top = 0.0f, sum = 0.0f, x[VECTOR];
+#pragma unroll
+        for (int n = 0; n < VECTOR; n++) {
+            x[n] = v[i + n] * f;
+            top = fmaxf(top, fabsf(x[n])), sum += x[n];
+        }
+#pragma unroll
+        for (int h = 1; h < 32 / VECTOR; h *= 2) {
+            top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, h));
+            sum += __shfl_xor_sync(0xffffffffu, sum, h);
+        }
+        const float step = top / 127.0f;
+        char * const block = to + (first + c) / 32 * q8_1_bytes;
+        uint32_t bytes = 0;
+#pragma unroll
+        for (int n = 0; n < VECTOR; n++) {
+            const int q = top > 0.0f ? (int) roundf(x[n] / step) : 0;
+            bytes |= (uint32_t) (q & 255) << 8 * n;
+        }
+        if constexpr (VECTOR == 4) {
+            *(uint32_t *) (block + 4 + c % 32) = bytes;
+        } else {
+            *(uint8_t *) (block + 4 + c % 32) = (uint8_t) bytes;
+        }
+        if (c % 32 == 0) {
+            *(__half2 *) block = __floats2half2_rn(step, sum);
+        }
+    });
+}
+
 // Normalises, rotates if asked and stores one output row.
 template <int D>
 PYTQ_DEV void store_row(const decode_params & p, int seq, int head_kv, int row, float * v, float top, float sum,
@@ -311,7 +348,13 @@ PYTQ_DEV void store_row(const decode_params & p, int seq, int head_kv, int row, 
         }
         f = 1.0f;
     }
-    float * const out = (float *) p.dst + (((long long) seq * p.n_q + iq) * p.n_head_kv * p.gqa + head) * D;
+    const long long first = (((long long) seq * p.n_q + iq) * p.n_head_kv * p.gqa + head) * D;
+    if constexpr (D % 32 == 0) {
+        if (p.q8_1) {
+            return store_q8_1<D>(p.dst, first, v, f, lane);
+        }
+    }
+    float * const out = (float *) p.dst + first;
 #pragma unroll
     for (int i = 0; i < N; i++) {
         const int c = row_coordinate<D>(i, lane);

@@ -35,7 +35,8 @@ bool run(ggml_backend_cuda_context * ctx, ggml_tensor * dst, const pytq_cuda_fre
     }
     pytq::decode_params p = {};
     pytq_set_block_attention(p, dst);
-    p.rotate = ggml_get_op_params_i32(dst, pytq_rotate_output_param) == 1;
+    const int result = ggml_get_op_params_i32(dst, pytq_result_param);
+    p.rotate = result & pytq_result_rotated, p.q8_1 = result & pytq_result_q8_1;
     if (fresh) {
         p.fresh = {(const float *) fresh->k, (const float *) fresh->v, fresh->row, fresh->row_bytes,
                    (long long) fresh->first_row};
@@ -61,7 +62,8 @@ bool run(ggml_backend_cuda_context * ctx, ggml_tensor * dst, const pytq_cuda_fre
     ggml_cuda_pool_alloc<float2> meta(ctx->pool(), rows);
     p.part = part.get(), p.meta = meta.get();
     CUDA_CHECK((pytq::decode_launch<KT, VT, both>(
-        p, plan, dependent_launch((const void *) pytq::attention_decode<KT, VT, false>), ctx->stream())));
+        p, plan, dependent_launch((const void *) pytq::attention_decode<KT, VT, false>), ctx->stream(),
+        fresh ? fresh->ready : nullptr)));
     return true;
 }
 

@@ -9,6 +9,15 @@ bool pytq_cuda_fusion_enabled() {
     return on;
 }
 
+bool pytq_cuda_branches_enabled() {
+#if defined(GGML_USE_HIP)
+    return false;
+#else
+    static const bool on = pytq_switch("PYTQ_CUDA_BRANCHES");
+    return on;
+#endif
+}
+
 bool pytq_cuda_is_left_out(const ggml_cgraph * graph, int i) {
     if (!pytq_cuda_fusion_enabled() || !pytq_is_rotation(graph->nodes[i])) {
         return false;
@@ -32,9 +41,13 @@ void pytq_cuda_graph_optimize(ggml_cgraph * graph, const ggml_backend_graph_opti
             const pytq_fresh_token f = pytq_find_fresh_token(graph, w);
             pytq_keep_operands(graph, w, params);
             if (f.attention >= 0) {
-                pytq_move_values_down(graph, w, f, i);
+                const pytq_branches b =
+                    pytq_cuda_branches_enabled() ? pytq_find_branches(graph, w, f, i) : pytq_branches();
+                if (b.first < 0) {
+                    pytq_move_values_down(graph, w, f, i);
+                }
                 pytq_keep_operands(graph, f, params);
-                pytq_keep_operands(graph, f, pytq_find_branches(graph, w, f, i), params);
+                pytq_keep_operands(graph, f, b, params);
             }
             i = w.last;
         } else if (node->op == GGML_OP_FLASH_ATTN_EXT &&

@@ -8,9 +8,10 @@
 // Graph fusion (pytq-cuda.cu finds the pattern, PYTQ_CUDA_FUSE=0 switches it off). The rotations of keys, values *and
 // queries* run in the launch that writes the cache, so attention always sees rotated queries. The rotation of the
 // result is left to the kernel that joins the splits: the launcher then gets a copy of the node whose data is the
-// rotation's result and whose op_params[pytq_rotate_output_param] is 1, and stores H x / sqrt(d) instead of x (H: Walsh
-// matrix in natural order). pytq_decode_rotates_output says that the decode launchers honour the flag.
-constexpr int pytq_rotate_output_param = 15;
+// rotation's result and in whose op_params[pytq_result_param] pytq_result_rotated is set, and stores H x / sqrt(d)
+// instead of x (H: Walsh matrix in natural order). pytq_result_q8_1: as blocks of Q8_1 for the product that follows, in
+// the place of the result in f32. pytq_decode_rotates_output says that the decode launchers honour these flags.
+constexpr int pytq_result_param = 15, pytq_result_rotated = 1, pytq_result_q8_1 = 2;
 constexpr bool pytq_decode_rotates_output = true; // head sizes 64, 128, 256
 
 // Attention of few query rows by the integer tensor-core kernel, one function per family of keys; false if there is no
@@ -22,7 +23,8 @@ struct pytq_cuda_fresh {
     const void *k, *v, *row;
     int row_bytes;
     int64_t first_row;
-    bool turned; // queries are still to be rotated
+    bool turned;       // queries are still to be rotated
+    cudaEvent_t ready; // when k and v are there, or null if they are
 };
 
 #define PYTQ_DECLARE(name)                                                                                             \
@@ -30,6 +32,9 @@ struct pytq_cuda_fresh {
                                  bool check);
 PYTQ_DECODE_FAMILIES(PYTQ_DECLARE)
 #undef PYTQ_DECLARE
+
+// The one of them that dst asks for.
+bool pytq_cuda_few_rows(ggml_backend_cuda_context * ctx, ggml_tensor * dst, const pytq_cuda_fresh * fresh, bool check);
 
 // Attention of more rows than that on compute capability 9.0, fused (PYTQ_CUDA_PREFILL=0 switches it off); false if
 // there is no instance for the types or the device.

@@ -15,6 +15,7 @@
 #include "pytq-switch.h"
 #if !defined(GGML_USE_HIP)
 #include "pytq-cuda-impl.cuh"
+#include "pytq-cuda-side.cuh"
 #endif
 
 #include "cuda/decode-values.cuh"
@@ -25,9 +26,7 @@
 #include <cstdlib>
 #include <mutex>
 #include <set>
-#include <unordered_map>
 #include <utility>
-#include <vector>
 
 static bool is_compressed(const ggml_tensor * t) {
     return t && pytq_is_type(t->type);
@@ -156,10 +155,10 @@ static void copy(ggml_backend_cuda_context & ctx, ggml_tensor * node) {
 
 #if defined(GGML_USE_HIP)
 // One kernel for every shape; the tensor-core kernels below are NVIDIA's.
-constexpr int pytq_rotate_output_param = 15;
+constexpr int pytq_result_param = 15, pytq_result_rotated = 1, pytq_result_q8_1 = 2;
 constexpr bool pytq_decode_rotates_output = false;
 struct pytq_cuda_fresh;
-static bool few_rows_kernel(ggml_backend_cuda_context *, ggml_tensor *, const pytq_cuda_fresh *, bool) {
+static bool pytq_cuda_few_rows(ggml_backend_cuda_context *, ggml_tensor *, const pytq_cuda_fresh *, bool) {
     return false;
 }
 static void flash_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
@@ -269,8 +268,7 @@ struct f16_view {
     }
 };
 
-static bool few_rows_kernel(ggml_backend_cuda_context * ctx, ggml_tensor * dst, const pytq_cuda_fresh * fresh,
-                            bool check) {
+bool pytq_cuda_few_rows(ggml_backend_cuda_context * ctx, ggml_tensor * dst, const pytq_cuda_fresh * fresh, bool check) {
     const ggml_tensor * q = dst->src[0];
     const ggml_tensor * k = dst->src[1];
     const ggml_tensor * v = dst->src[2];
@@ -420,7 +418,7 @@ static void say_slices(const ggml_tensor * dst) {
 }
 
 static void flash_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
-    if (few_rows_kernel(&ctx, dst, nullptr, false) || pytq_cuda_prefill(ctx, dst)) {
+    if (pytq_cuda_few_rows(&ctx, dst, nullptr, false) || pytq_cuda_prefill(ctx, dst)) {
         return;
     }
     say_slices(dst);
@@ -586,144 +584,38 @@ bool pytq_cuda_compute(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
 }
 
 // Attention whose result, rotated if that is what another node asks for, is stored in `last`. turned: the queries
-// before their rotation, contiguous as its result is, or null.
+// before their rotation, contiguous as its result is, or null. q8_1: stored as blocks of Q8_1.
 static void few_rows_into(ggml_backend_cuda_context & ctx, const ggml_tensor * node, const ggml_tensor * last,
-                          const ggml_tensor * turned, const pytq_cuda_fresh * fresh) {
+                          const ggml_tensor * turned, const pytq_cuda_fresh * fresh, bool q8_1) {
     ggml_cuda_set_device(ctx.device);
     ggml_tensor out = *node, q = *node->src[0];
     if (turned) {
         q.data = turned->data;
     }
     out.data = last->data, out.src[0] = &q;
-    ggml_set_op_params_i32(&out, pytq_rotate_output_param, last != node);
-    GGML_ASSERT(few_rows_kernel(&ctx, &out, fresh, false));
+    ggml_set_op_params_i32(&out, pytq_result_param,
+                           (last != node ? pytq_result_rotated : 0) | (q8_1 ? pytq_result_q8_1 : 0));
+    GGML_ASSERT(pytq_cuda_few_rows(&ctx, &out, fresh, false));
 }
 
-#if !defined(GGML_USE_HIP)
-// What only the newest token needs runs on a stream of its own: the products, rope and norms that its keys and values
-// come from, beside those of the queries, and their way into the cache, beside attention and what follows it until
-// node `join`.
-struct side_stream {
-    cudaEvent_t fork = nullptr, ready = nullptr, done = nullptr;
-    int device = -1; // that the events belong to
-    int join = -1;   // node of the graph in progress
-    // of the graph in progress
-    const ggml_cgraph * graph = nullptr;
-    const ggml_tensor *first = nullptr, *last = nullptr; // its nodes: parts of a graph may come at one address
-    int at = 0;                                          // last node that was looked at
-    std::vector<int8_t> stream;                          // of its nodes
-    std::vector<bool> forks;                             // before which the side stream starts
-    struct token {
-        pytq_cache_writes writes;
-        pytq_fresh_token fresh;
-        bool beside; // keys and values are made on the side stream
-    };
-    std::unordered_map<int, token> tokens; // that attention takes uncompressed, by the node of the first write
-};
-constexpr int side_stream_no = 1;
-
-static side_stream & side_of(ggml_backend_cuda_context & ctx) {
-    static std::mutex mutex;
-    static std::unordered_map<const ggml_backend_cuda_context *, side_stream> sides;
-    std::lock_guard<std::mutex> lock(mutex);
-    side_stream & side = sides[&ctx]; // (references into this map stay valid)
-    if (side.device != ctx.device) {  // new, or the context at this address is another than before
-        ggml_cuda_set_device(ctx.device);
-        for (cudaEvent_t * e : {&side.fork, &side.ready, &side.done}) {
-            if (*e) {
-                CUDA_CHECK(cudaEventDestroy(*e));
-            }
-            CUDA_CHECK(cudaEventCreateWithFlags(e, cudaEventDisableTiming));
-        }
-        side.device = ctx.device;
-    }
-    return side;
+#if defined(GGML_USE_HIP)
+const void * pytq_cuda_quantized(ggml_backend_cuda_context &, const ggml_tensor *) {
+    return nullptr;
 }
-
-// The side stream waits for what the main one has been given so far, or the main one for the side stream.
-static void wait_for(cudaStream_t stream, cudaStream_t other, cudaEvent_t event) {
-    CUDA_CHECK(cudaEventRecord(event, other));
-    CUDA_CHECK(cudaStreamWaitEvent(stream, event, 0));
-}
-
-// Whether attention behind the writes w takes the newest token as it was before compression.
-static bool takes_fresh_token(const ggml_cgraph * graph, const pytq_fresh_token & f) {
-    return pytq_cuda_fusion_enabled() && pytq_decode_rotates_output && f.attention >= 0 && f.join >= 0 &&
-           few_rows_kernel(nullptr, graph->nodes[f.attention], nullptr, true);
-}
-
-// PYTQ_CUDA_BRANCHES=0: keys and values are made on the main stream, in front of attention.
-static bool branches_enabled() {
-    static const bool on = pytq_switch("PYTQ_CUDA_BRANCHES");
-    return on;
-}
-
-static void plan_streams(const ggml_backend_cuda_context & ctx, side_stream & side, const ggml_cgraph * graph) {
-    side.graph = graph, side.first = graph->nodes[0], side.last = graph->nodes[graph->n_nodes - 1];
-    side.stream.assign(graph->n_nodes, 0), side.forks.assign(graph->n_nodes, false);
-    side.tokens.clear();
-    for (int i = 0; i < graph->n_nodes; i++) {
-        if (!pytq_is_cache_write(graph->nodes[i])) {
-            continue;
-        }
-        const pytq_cache_writes w = pytq_find_cache_writes(graph, i, pytq_cuda_fusion_enabled());
-        const pytq_fresh_token f = pytq_find_fresh_token(graph, w);
-        if (takes_fresh_token(graph, f)) {
-            const pytq_branches b = branches_enabled() ? pytq_find_branches(graph, w, f, i) : pytq_branches();
-            const bool beside =
-                b.first >= 0 && std::all_of(b.product, b.product + 3, [&](const ggml_tensor * p) {
-                    const ggml_backend_buffer_t of = p->src[0]->buffer;
-                    return of && ggml_backend_buffer_get_type(of) == ggml_backend_cuda_buffer_type(ctx.device);
-                });
-            side.tokens[i] = {w, f, beside};
-            if (beside) {
-                side.forks[b.first] = true;
-                for (int j = b.first; j < i; j++) {
-                    side.stream[j] = b.of_keys[j - b.first] ? side_stream_no : 0;
-                }
-            }
-        }
-        i = w.last;
-    }
-}
-
-// The stream of node i.
-static void choose_stream(ggml_backend_cuda_context & ctx, side_stream & side, const ggml_cgraph * graph, int i) {
-    if (i <= side.at || side.graph != graph || (int) side.stream.size() != graph->n_nodes ||
-        side.first != graph->nodes[0] || side.last != graph->nodes[graph->n_nodes - 1]) {
-        plan_streams(ctx, side, graph);
-        side.at = -1;
-    }
-    for (int j = side.at + 1; j <= i; j++) { // nodes that do nothing are not looked at
-        if (side.forks[j]) {
-            wait_for(ctx.stream(ctx.device, side_stream_no), ctx.stream(ctx.device, 0), side.fork);
-        }
-    }
-    side.at = i;
-    ctx.curr_stream_no = side.stream[i];
-}
-
-static void write_beside(ggml_backend_cuda_context & ctx, side_stream & side, const side_stream::token & t) {
-    const cudaStream_t stream = ctx.stream(ctx.device, side_stream_no), main = ctx.stream(ctx.device, 0);
-    if (t.beside) {
-        wait_for(main, stream, side.ready);
-    } else {
-        wait_for(stream, main, side.fork);
-    }
-    ctx.curr_stream_no = side_stream_no;
+#else
+// The token's way into the cache on one stream, attention to it beside on the other.
+static void attend_beside_write(ggml_backend_cuda_context & ctx, pytq_cuda_side & side, const pytq_cuda_token & t,
+                                const ggml_cgraph * graph) {
+    const cudaEvent_t ready = pytq_cuda_begin_write(ctx, side, t);
     pytq_cache_writes only = t.writes;
     only.queries = nullptr; // attention rotates them
     set_rows(ctx, only);
-    ctx.curr_stream_no = 0;
-    CUDA_CHECK(cudaEventRecord(side.done, stream));
-    side.join = t.fresh.join;
-}
-
-static void join_side(ggml_backend_cuda_context & ctx, side_stream & side, int i) {
-    if (side.join >= 0 && i >= side.join) {
-        CUDA_CHECK(cudaStreamWaitEvent(ctx.stream(ctx.device, 0), side.done, 0));
-        side.join = -1;
-    }
+    pytq_cuda_end_write(ctx, side, t);
+    const pytq_fresh_token & f = t.fresh;
+    const pytq_cuda_fresh fresh = {f.k->data,   f.v->data, f.rows->data, f.rows->type == GGML_TYPE_I64 ? 8 : 4,
+                                   f.first_row, f.turned,  ready};
+    few_rows_into(ctx, graph->nodes[f.attention], graph->nodes[f.last], f.turned ? f.q : nullptr, &fresh, t.operand);
+    pytq_cuda_end_attention(side, t);
 }
 #endif
 
@@ -733,9 +625,8 @@ int pytq_cuda_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * grap
         return 0; // nodes of several streams: each runs where it stands
     }
 #if !defined(GGML_USE_HIP)
-    side_stream & side = side_of(ctx);
-    choose_stream(ctx, side, graph, i);
-    join_side(ctx, side, i);
+    pytq_cuda_side & side = pytq_cuda_side_of(ctx);
+    pytq_cuda_enter_node(ctx, side, graph, i);
 #endif
     switch (node->op) {
         case GGML_OP_MUL_MAT:
@@ -745,14 +636,8 @@ int pytq_cuda_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * grap
 #if !defined(GGML_USE_HIP)
                 const auto token = side.tokens.find(i);
                 if (token != side.tokens.end()) {
-                    write_beside(ctx, side, token->second);
-                    const pytq_fresh_token & f = token->second.fresh;
-                    const pytq_cuda_fresh fresh = {f.k->data,    f.v->data,
-                                                   f.rows->data, f.rows->type == GGML_TYPE_I64 ? 8 : 4,
-                                                   f.first_row,  f.turned};
-                    few_rows_into(ctx, graph->nodes[f.attention], graph->nodes[f.last], f.turned ? f.q : nullptr,
-                                  &fresh);
-                    return f.last - i + 1;
+                    attend_beside_write(ctx, side, token->second, graph);
+                    return token->second.fresh.last - i + 1;
                 }
 #endif
                 const pytq_cache_writes w = pytq_find_cache_writes(graph, i, pytq_cuda_fusion_enabled());
@@ -763,10 +648,10 @@ int pytq_cuda_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * grap
         case GGML_OP_FLASH_ATTN_EXT:
             if (pytq_decode_rotates_output && (is_compressed(node->src[1]) || is_compressed(node->src[2]))) {
                 const int r = pytq_cuda_fusion_enabled() ? pytq_find_rotated_output(graph, i) : -1;
-                if (r < 0 || !few_rows_kernel(nullptr, node, nullptr, true)) {
+                if (r < 0 || !pytq_cuda_few_rows(nullptr, node, nullptr, true)) {
                     return 0;
                 }
-                few_rows_into(ctx, node, graph->nodes[r], nullptr, nullptr);
+                few_rows_into(ctx, node, graph->nodes[r], nullptr, nullptr, false);
                 return r - i + 1;
             }
             return 0;

@@ -18,3 +18,7 @@ int pytq_cuda_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * grap
 
 // Keeps the operands of those patterns allocated, and puts nodes into the order that overlaps best.
 void pytq_cuda_graph_optimize(ggml_cgraph * graph, const ggml_backend_graph_optimize_params * params);
+
+// The operand src1 of a quantised matrix times a vector as blocks of Q8_1, if it is there in that form already; else
+// null.
+const void * pytq_cuda_quantized(ggml_backend_cuda_context & ctx, const ggml_tensor * src1);

@@ -155,6 +155,19 @@ int pytq_find_rotated_output(const ggml_cgraph * graph, int i) {
     return j;
 }
 
+int pytq_find_only_product(const ggml_cgraph * graph, int i) {
+    const ggml_tensor * node = graph->nodes[i];
+    int j = i + 1;
+    while (j < graph->n_nodes && does_nothing(graph->nodes[j])) {
+        j++;
+    }
+    const ggml_tensor * p = j + 1 < graph->n_nodes ? graph->nodes[j] : nullptr;
+    return p && p->op == GGML_OP_MUL_MAT && (p->flags & GGML_TENSOR_FLAG_COMPUTE) && ggml_nrows(p->src[1]) == 1 &&
+                   behind_views(p->src[1]) == node && only_use(graph, p->src[1], node)
+               ? j
+               : -1;
+}
+
 static const ggml_tensor * cache_of(const ggml_tensor * t) {
     return t->view_src ? t->view_src : t;
 }
@@ -384,7 +397,12 @@ void pytq_keep_operands(const ggml_cgraph * graph, const pytq_fresh_token & f,
 
 void pytq_keep_operands(const ggml_cgraph * graph, const pytq_fresh_token & f, const pytq_branches & b,
                         const ggml_backend_graph_optimize_params * params) {
-    for (size_t n = 0; n < b.of_keys.size() && b.first >= 0; n++) {
+    if (b.first < 0) {
+        return;
+    }
+    // what one side writes must not lie where their common operand lay, which the other may still read
+    params->add_alloc_dep(params->user_data, b.product[0]->src[1], graph->nodes[f.attention]);
+    for (size_t n = 0; n < b.of_keys.size(); n++) {
         ggml_tensor * t = graph->nodes[b.first + n];
         if (!b.of_keys[n] && !does_nothing(t)) {
             params->add_alloc_dep(params->user_data, t, graph->nodes[f.attention]);

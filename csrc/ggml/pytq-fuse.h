@@ -40,6 +40,10 @@ pytq_cache_writes pytq_find_cache_writes(const ggml_cgraph * graph, int i, bool 
 // Index of the product that only rotates the result of FLASH_ATTN_EXT node i, or -1.
 int pytq_find_rotated_output(const ggml_cgraph * graph, int i);
 
+// Index of the product of a matrix by one vector that alone reads the result of node i, all of it, or -1. Not if the
+// graph ends there: whoever computes a graph up to a product may look at its operands.
+int pytq_find_only_product(const ggml_cgraph * graph, int i);
+
 // Attention that follows the writes of one token's keys and values.
 struct pytq_fresh_token {
     int attention;                 // FLASH_ATTN_EXT node, or -1
@@ -71,7 +75,8 @@ pytq_branches pytq_find_branches(const ggml_cgraph * graph, const pytq_cache_wri
 bool pytq_move_values_down(ggml_cgraph * graph, const pytq_cache_writes & w, const pytq_fresh_token & f, int i);
 
 // Asks the allocator to keep what these patterns read: of the writes, of attention at node i rotated by node r, of
-// attention beside the writes (which may take until f.join), of the queries while keys and values are made beside them.
+// attention beside the writes (which may take until f.join), of queries and of what all three are made from while keys
+// and values are made beside them.
 void pytq_keep_operands(const ggml_cgraph * graph, const pytq_cache_writes & w,
                         const ggml_backend_graph_optimize_params * params);
 void pytq_keep_operands(const ggml_cgraph * graph, int i, int r, const ggml_backend_graph_optimize_params * params);

@@ -33,6 +33,7 @@ struct attention {
     int odd = 0;      // bytes that the cache and the mask (times 2) begin behind a multiple of 16
     int sinks = 0, alibi = 0, softcap = 0;
     int rotate = 0;                                   // the result; with fresh >= 0 the query too
+    int q8_1 = 0;                                     // the result in blocks of Q8_1
     int fresh = -1;                                   // the newest token, which is not in the cache yet
     int n_sm = 4, shared = 232448, few = 0, many = 0; // device; largest clusters, 0: its own
     int short_ = 0;                                   // largest cluster of attention_short, 0: not used
@@ -45,7 +46,7 @@ struct attention {
                 {"odd", &odd},       {"sinks", &sinks}, {"alibi", &alibi}, {"softcap", &softcap},
                 {"rotate", &rotate}, {"fresh", &fresh}, {"n_sm", &n_sm},   {"shared", &shared},
                 {"few", &few},       {"many", &many},   {"seed", &seed},   {"together", &together},
-                {"short", &short_}};
+                {"short", &short_},  {"q8_1", &q8_1}};
     }
 };
 
@@ -74,6 +75,9 @@ attention parse(const std::string & line) {
     }
     if (a.fresh >= a.n_kv || (a.fresh >= 0 && a.n_q * a.n_seq > 1)) {
         usage("the newest token is one of n_kv, with one query of one sequence");
+    }
+    if (a.q8_1 && a.d % 32) {
+        usage("blocks of Q8_1 hold 32 values");
     }
     return a;
 }
@@ -172,6 +176,28 @@ void check_cuda(cudaError_t e) {
     }
 }
 
+// Values of blocks of Q8_1, as upstream's ggml-common.h has them: scale and sum in half precision, 32 bytes. Each value
+// comes with half a step, by which it may differ from what was rounded; the sum must be that of `want`.
+struct q8_1_row {
+    std::vector<double> values, half_steps;
+    bool sums_right = true;
+    q8_1_row(const char * block, const std::vector<double> & want) {
+        for (size_t c = 0; c < want.size(); c += 32, block += 36) {
+            const float scale = __half2float(((const __half *) block)[0]),
+                        sum = __half2float(((const __half *) block)[1]);
+            double exact = 0.0, size = 0.0;
+            for (int i = 0; i < 32; i++) {
+                values.push_back(scale * (double) (int8_t) block[4 + i]);
+                // the scale is rounded too: half precision has 11 bits, fewer below 2^-14
+                const double scale_error = std::max(scale / 2048.0, pow(2.0, -25.0));
+                half_steps.push_back(0.5 * scale + abs((int8_t) block[4 + i]) * scale_error);
+                exact += want[c + i], size += fabs(want[c + i]);
+            }
+            sums_right = sums_right && fabs(sum - exact) <= 1e-3 * size && scale <= size / 127.0 * 1.001;
+        }
+    }
+};
+
 template <int KT, int VT> void run(const attention & a, const std::string & line) {
     constexpr int d = pytq::type<KT>::d;
     constexpr bool both = d == 128; // as csrc/ggml/pytq-cuda-decode.cuh
@@ -225,8 +251,9 @@ template <int KT, int VT> void run(const attention & a, const std::string & line
                    row_bytes, first_row};
         p.rotate_query = p.rotate;
     }
-    output<float> out((size_t) a.n_seq * n_head * a.n_q * d);
-    p.dst = (char *) out.data;
+    const size_t n_values = (size_t) a.n_seq * n_head * a.n_q * d;
+    output<char> out(a.q8_1 ? n_values / 32 * pytq::q8_1_bytes : n_values * sizeof(float));
+    p.dst = out.data, p.q8_1 = a.q8_1;
 
     shim::device & device = shim::device_;
     device.n_sm = a.n_sm, device.shared_bytes = a.shared, device.together = a.together;
@@ -298,9 +325,21 @@ template <int KT, int VT> void run(const attention & a, const std::string & line
             double row_err = 0.0, row_norm = 0.0;
             for (int c = 0; c < d; c++) {
                 want[c] += w_fresh * fresh_v[(size_t) h * d + c];
-                const double x = sum > 0.0 ? want[c] / sum : 0.0;
-                const double e = out.data[(((size_t) seq * a.n_q + iq) * n_head + head) * d + c] - x;
-                row_err += e * e, row_norm += x * x;
+                want[c] = sum > 0.0 ? want[c] / sum : 0.0;
+            }
+            const size_t first = (((size_t) seq * a.n_q + iq) * n_head + head) * d;
+            if (a.q8_1) {
+                const q8_1_row got(out.data + first / 32 * pytq::q8_1_bytes, want);
+                for (int c = 0; c < d; c++) {
+                    const double e = std::max(0.0, fabs(got.values[c] - want[c]) - got.half_steps[c]);
+                    row_err += e * e, row_norm += want[c] * want[c];
+                }
+                row_err += got.sums_right ? 0.0 : INFINITY;
+            } else {
+                for (int c = 0; c < d; c++) {
+                    const double e = ((const float *) out.data)[first + c] - want[c];
+                    row_err += e * e, row_norm += want[c] * want[c];
+                }
             }
             err += row_err, norm += row_norm;
             worst = std::max(worst, std::isfinite(row_err) ? sqrt(row_err / (row_norm + 1e-30)) : INFINITY);

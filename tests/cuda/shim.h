@@ -215,6 +215,7 @@ enum cudaLaunchAttributeID {
     cudaLaunchAttributeCooperative
 };
 typedef struct shim_stream * cudaStream_t;
+typedef struct shim_event * cudaEvent_t;
 
 struct cudaLaunchAttribute {
     cudaLaunchAttributeID id;
@@ -265,6 +266,11 @@ template <class K> cudaError_t cudaFuncSetAttribute(K * kernel, cudaFuncAttribut
         return cudaErrorInvalidValue;
     }
     shim::device_.granted.push_back({(const void *) kernel, bytes});
+    return cudaSuccess;
+}
+
+// There is one stream.
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) {
     return cudaSuccess;
 }
 

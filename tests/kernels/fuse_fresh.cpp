@@ -1,5 +1,6 @@
 // One attention layer as llama.cpp builds it for one token, and layers that differ from it in one thing each. Prints, a
-// line a case, what pytq_find_fresh_token finds and what pytq_move_values_down does to the order of the nodes.
+// line a case, what pytq_find_fresh_token and the searches around it find, which tensors are to be kept and what
+// pytq_move_values_down does to the order of the nodes.
 #include "pytq-fuse.h"
 #include "pytq.h"
 
@@ -22,6 +23,7 @@ struct variant {
     bool result_over_keys = false, keys_overwritten_before_write = false, values_overwritten_before_join = false,
          rows_overwritten_before_join = false, gate_and_up_first = false, gate_and_up_last = false,
          cache_read_again = false, unrelated = false, of_both = false, keys_over_queries = false;
+    bool result_used_twice = false, product_last = false;
     int products = 3;
 };
 
@@ -62,7 +64,7 @@ static layer build(ggml_context * ctx, const variant & o) {
     ggml_cgraph * graph = ggml_new_graph_custom(ctx, 256, false);
     const auto add = [&](ggml_tensor * t) { ggml_build_forward_expand(graph, t); };
     ggml_tensor * h = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, D, D);
-    ggml_tensor * x = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, EMBD, n);
+    ggml_tensor * x = named(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, EMBD, n), "x");
     ggml_tensor * positions = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n);
     ggml_tensor * rows_k = named(ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n), "rows_k");
     ggml_tensor * rows_v = ggml_new_tensor_1d(ctx, o.other_row_types ? GGML_TYPE_I32 : GGML_TYPE_I64, n);
@@ -174,8 +176,13 @@ static layer build(ggml_context * ctx, const variant & o) {
             add(result);
             add(ggml_get_rows(ctx, cache_v, positions));
         }
+        ggml_tensor * operand = result;
         result = product(ctx, result, EMBD, names[i]);
-        if (i == 0) {
+        if (i == 0 && o.result_used_twice) {
+            add(result);
+            add(ggml_scale(ctx, operand, 2.0f));
+        }
+        if (i == 0 && !o.product_last) {
             result = ggml_add(ctx, result, x);
             if (o.values_overwritten_before_join) {
                 result->data = v_plain->data;
@@ -239,6 +246,16 @@ static void report(const variant & o) {
                 beside += b.of_keys[n] && !pytq_is_rotation(t) ? std::string("+") + t->name : "";
             }
             printf(";branches=%s", beside.c_str());
+            const int then = pytq_find_only_product(graph, f.last);
+            printf(";product=%s", then < 0 ? "-" : graph->nodes[then]->name);
+            std::string kept; // until attention, for the branches' sake
+            const ggml_backend_graph_optimize_params params = {
+                [](void * to, ggml_tensor * t, ggml_tensor *) {
+                    *(std::string *) to += pytq_is_rotation(t) ? "" : std::string("+") + t->name;
+                },
+                &kept};
+            pytq_keep_operands(graph, f, b, &params);
+            printf(";kept=%s", kept.empty() ? "-" : kept.c_str() + 1);
             printf(";attention=%s;last=%s;turned=%d;q=%s;k=%s;v=%s;rows=%s;keys=%d;first_row=%d;join=%s",
                    graph->nodes[f.attention]->name, graph->nodes[f.last]->name, f.turned, root(f.q), root(f.k),
                    root(f.v), f.rows->name, f.keys, (int) f.first_row, f.join < 0 ? "-" : graph->nodes[f.join]->name);
@@ -286,6 +303,8 @@ int main() {
     with("unrelated node", [](variant & o) { o.unrelated = true; });
     with("node of queries and values", [](variant & o) { o.of_both = true; });
     with("keys over queries", [](variant & o) { o.keys_over_queries = true; });
+    with("result used twice", [](variant & o) { o.result_used_twice = true; });
+    with("graph ends at the product", [](variant & o) { o.products = 1, o.product_last = true; });
     with("cache read again", [](variant & o) { o.cache_read_again = true; });
     with("bias", [](variant & o) { o.bias = true; });
     with("norm behind rope", [](variant & o) { o.norm_behind_rope = true; });

@@ -29,6 +29,10 @@ TURNED = {
     "join": "product3",
     # the first node of the branches, then those of keys and values
     "branches": "Wq+Wv+Wk+rope_k",
+    # what lives until attention, so that neither branch writes where the other reads
+    "kept": "x+Wq+rope_q",
+    # which reads attention's result, and nobody else does
+    "product": "product1",
 }
 # what a case of fuse_fresh.cpp changes; join: node until which the writes may take
 FOUND = {
@@ -41,19 +45,23 @@ FOUND = {
         "q": "profile_q",
         "k": "profile_k",
         "branches": "Wq+Wv+Wk+rope_k+profile_k",
+        "kept": "x+Wq+rope_q+profile_q",
     },
     "values written first": {"keys": "1"},
     "later stream": {"first_row": "96"},
     "no second product": {"join": "-"},
     "next write too soon": {"join": "-"},
     "cache read again": {"join": "product2"},
-    "unrelated node": {"branches": "-"},
-    "node of queries and values": {"branches": "-"},
-    "keys over queries": {"branches": "-"},
+    "unrelated node": {"branches": "-", "kept": "-"},
+    "node of queries and values": {"branches": "-", "kept": "-"},
+    "keys over queries": {"branches": "-", "kept": "-"},
     "values overwritten before join": {"join": "-"},
     "rows overwritten before join": {"join": "-"},
     # one launch takes both and what they feed, so what waits must stand behind
-    "gate and up first": {"join": "product1"},
+    "gate and up first": {"join": "product1", "product": "-"},
+    # a graph that ends there may be one that somebody looks into
+    "graph ends at the product": {"join": "-", "product": "-"},
+    "result used twice": {"product": "-"},
     "gate and up last": {"join": "gate"},
     "bias": {"v": "bias", "branches": "Wq+Wv+bias+Wk+rope_k"},
     "norm behind rope": {"k": "norm", "branches": "Wq+Wv+Wk+rope_k+norm"},

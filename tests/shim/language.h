@@ -126,6 +126,9 @@ inline __half __float2half_rn(float f) {
 inline unsigned short __half_as_ushort(__half h) {
     return h.bits;
 }
+inline __half2 __floats2half2_rn(float x, float y) {
+    return {__float2half_rn(x), __float2half_rn(y)};
+}
 inline __half2 __float2half2_rn(float f) {
     return {__float2half_rn(f), __float2half_rn(f)};
 }
