@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1)
         barrier_init_done();
     }
     if (warp == 0 && lane < 8) {
-        barrier_init(decode_pairs_at + 8 * lane);
+        barrier_init(decode_pairs_at + 8 * lane, 32);
         barrier_init_done();
     }
 #endif
@@ -570,11 +570,7 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1)
                 if (g_ == 0) {
                     *(float2 *) (decode_smem + meta_at) = make_float2(row_top, row_sum);
                 }
-                __threadfence_block();
-                __syncwarp();
-                if (lane_ == 0) {
-                    barrier_expect(barrier, 0);
-                }
+                barrier_expect(barrier, 0); // by every lane, for what it has stored (racecheck follows no other way)
                 return;
             }
             float f0 = 1.0f, f1 = 0.0f;

@@ -36,8 +36,8 @@ PYTQ_DEV uint32_t shared_address(int at) {
 #define PYTQ_BULK 1
 
 // A barrier that is passed when the bytes announced to it have arrived.
-PYTQ_DEV void barrier_init(int at) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(at)) : "memory");
+PYTQ_DEV void barrier_init(int at, int arrivals = 1) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(at)), "r"(arrivals) : "memory");
 }
 PYTQ_DEV void barrier_init_done() {
     asm volatile("fence.mbarrier_init.release.cluster;\n\tfence.proxy.async.shared::cta;" ::: "memory");

@@ -93,30 +93,29 @@ inline void check_copy(int to, const void * from, int bytes) {
 
 // Barrier of one arrival in 8 bytes of shared memory.
 struct mbarrier {
-    uint16_t magic;
-    uint8_t phase, pending;
+    uint8_t magic, phase, pending, arrivals; // still to come in this phase, and in each
     int32_t bytes; // announced and not arrived; below 0 if some arrive before they are announced
 
-    static constexpr uint16_t MAGIC = 0x6d62;
+    static constexpr uint8_t MAGIC = 0x6d;
 
     static mbarrier & at(int offset) { return at(gpu().dynamic, offset); }
     static mbarrier & at(char * memory, int offset) {
         mbarrier & b = *(mbarrier *) (memory + offset);
-        if (offset % 8 || b.magic != MAGIC || b.phase > 1 || b.pending > 1) {
+        if (offset % 8 || b.magic != MAGIC || b.phase > 1 || b.pending > b.arrivals || b.arrivals > 32) {
             fail("a barrier that was not initialised, or was overwritten");
         }
         return b;
     }
-    void change(int arrivals, int more) {
-        if (arrivals > pending) {
+    void change(int arriving, int more) {
+        if (arriving > pending) {
             fail("more arrivals at a barrier than it expects");
         }
-        pending = (uint8_t) (pending - arrivals), bytes += more;
+        pending = (uint8_t) (pending - arriving), bytes += more;
         if (bytes >= 1 << 20 || bytes <= -(1 << 20)) {
             fail("a barrier counts bytes below 2^20 only");
         }
         if (pending == 0 && bytes == 0) {
-            phase ^= 1, pending = 1;
+            phase ^= 1, pending = arrivals;
         }
     }
 };
@@ -228,8 +227,8 @@ inline void spin_wait() {
 
 #ifdef PYTQ_BULK
 
-inline void barrier_init(int at) {
-    const shim::mbarrier b = {shim::mbarrier::MAGIC, 0, 1, 0};
+inline void barrier_init(int at, int arrivals = 1) {
+    const shim::mbarrier b = {shim::mbarrier::MAGIC, 0, (uint8_t) arrivals, (uint8_t) arrivals, 0};
     memcpy(shim::gpu().dynamic + at, &b, sizeof(b));
 }
 inline void barrier_init_done() {}

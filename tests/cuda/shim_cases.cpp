@@ -229,7 +229,7 @@ void twice() {
 void overwritten() {
     if (threadIdx.x == 0) {
         pytq::barrier_init(0);
-        memory[1] = 0;
+        memory[0] = 0;
         pytq::barrier_expect(0, 16);
     }
 }

@@ -80,7 +80,7 @@ def test_configure(
         build.build("patched", "hip", defines=["GPU_TARGETS=gfx1100;gfx90a"])
     (work,) = (home / "work").glob("hip-*")
     ninja = (work / "build" / "build.ninja").read_text()
-    for name in [*(source.name for source in hip_objects.sources()), "ggml-cuda.cu"]:
+    for name in [*(source.name for source in hip_objects.sources()), "ggml-cuda.cu", "mmvq.cu"]:
         pattern = rf"^build \S*/ggml-hip\.dir/\S*/{re.escape(name)}\.o: HIP_COMPILER\S* [\s\S]*?\n\n"
         rule = re.search(pattern, ninja, re.MULTILINE)
         assert rule, f"{name} is not compiled as HIP code of ggml-hip"
@@ -89,4 +89,4 @@ def test_configure(
     # upstream's other files are compiled as in a stock build, so their objects are shared
     assert not re.search(rf"ggml-cuda/argmax\.cu\.o: [^:]*-I{re.escape(str(paths.source_root()))}", ninja)
     # NVIDIA's tensor-core kernels stay out
-    assert not re.search(r"ggml-hip\.dir/\S*pytq-cuda-(decode|slice)", ninja)
+    assert not re.search(r"ggml-hip\.dir/\S*pytq-cuda-(decode|side|slice)", ninja)

@@ -53,17 +53,18 @@ def test_host_code(hip: Path, llama_source: Path) -> None:
 
 
 def test_patched_backend_compiles(hip: Path, llama_source: Path, tmp_path: Path) -> None:
-    """Upstream's file with the series' hooks, as ggml-hip compiles it."""
+    """Upstream's files with the series' hooks, as ggml-hip compiles them."""
     tree = tmp_path / "llama"
     shutil.copytree(llama_source, tree, ignore=shutil.ignore_patterns("*.png", "*.ipynb"))
     originals = llama_source.parent / "original"
     if originals.exists():
         shutil.copytree(originals, tree, dirs_exist_ok=True)
     build.apply_series(tree)
-    words = hip_objects.command(tree / "ggml/src/ggml-cuda/ggml-cuda.cu", tree)
-    words[-1:-1] = ["--cuda-host-only", "-fsyntax-only", "-include", str(HERE / "hip57.h")]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    for name in ("ggml-cuda.cu", "mmvq.cu"):
+        words = hip_objects.command(tree / "ggml/src/ggml-cuda" / name, tree)
+        words[-1:-1] = ["--cuda-host-only", "-fsyntax-only", "-include", str(HERE / "hip57.h")]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.mark.parametrize(
