@@ -2,6 +2,7 @@
 # Builds the op-level harnesses (op_bench.cu: encoder and decoder, attention_bench.cu: attention of few queries,
 # prefill_bench.cu: of many), checks the kernels, runs compute-sanitizer on small sizes and times them.
 # Usage: tools/gpu/op_bench.sh OUTDIR [check|time|sanitize|ncu ...]   (default: check time)
+# SHORT=0: short caches by the kernel for long ones too; SHORT=8: by their own, as a model does.
 set -eu
 cd "$(dirname "$0")/../.."
 out=$1
@@ -22,7 +23,7 @@ done
 for mode in "$@"; do
     case $mode in
         check | time)
-            for harness in op_bench attention_bench prefill_bench; do "$build/$harness" "$mode" | tee "$out/${harness}_$mode.jsonl"; done
+            for harness in op_bench attention_bench prefill_bench; do SHORT=0 "$build/$harness" "$mode" | tee "$out/${harness}_$mode.jsonl"; done
             sizes=; [ "$mode" = check ] || sizes="256 512 1024"
             # shellcheck disable=SC2086
             SHORT=8 "$build/attention_bench" "$mode" $sizes | tee "$out/attention_short_$mode.jsonl" ;;
@@ -32,7 +33,7 @@ for mode in "$@"; do
                     SHORT=8 timeout 150 compute-sanitizer --tool $tool "$build/$harness" sanitize > "$out/sanitize_${tool}_$harness.log" 2>&1 || true
                     tail -n 3 "$out/sanitize_${tool}_$harness.log"
                 done
-                timeout 150 compute-sanitizer --tool $tool "$build/attention_bench" sanitize > "$out/sanitize_${tool}_decode.log" 2>&1 || true
+                SHORT=0 timeout 150 compute-sanitizer --tool $tool "$build/attention_bench" sanitize > "$out/sanitize_${tool}_decode.log" 2>&1 || true
                 tail -n 3 "$out/sanitize_${tool}_decode.log"
             done ;;
         ncu)  # per-instruction stall samples of the decode kernel and of the encoder
