@@ -264,13 +264,7 @@ __global__ void __launch_bounds__(256 * decode_max_teams<type<KT>>(), 1)
         load_values(tile_begin);
     }
 #endif
-#pragma unroll 1
-    for (int pair = all_slices; pair < 2; pair += p.teams * p.warps_per_head) {
-        if (pair != all_slices) {
-            load_query<D>(p, seq, row0, pair, head_kv, lane, x);
-        }
-        stage_query<K>(p, pair, lane, query_at, x);
-    }
+    stage_pairs<K>(p, seq, row0, head_kv, all_slices, p.teams * p.warps_per_head, lane, query_at, x);
     if (team_warp == 0 && lane == 0) {
         *(int *) (decode_smem + control_at + decode_fresh_at) = fresh_at;
     }

@@ -72,6 +72,7 @@ cudaError_t decode_prepare(decode_params & p, decode_plan & plan, const decode_d
 inline size_t decode_part_rows(const decode_params & p) {
     return p.n_parts > 1 ? (size_t) p.n_seq * p.n_head_kv * p.n_rows * p.n_parts : 0;
 }
+
 // dependent: the kernel before may still run when this one is launched (the kernels wait where they must).
 template <class P>
 cudaError_t decode_launch_one(void (*kernel)(P), dim3 grid, int threads, int shared_bytes, int cluster, bool dependent,

@@ -222,13 +222,7 @@ __global__ void __launch_bounds__(32 * short_warps, 1) attention_short(const PYT
 
     uint32_t qb[QW];
     float row_factor[2], slope[2], top[2] = {-1e30f, -1e30f}, sum[2] = {0.0f, 0.0f};
-#pragma unroll 1
-    for (int pair = slice; pair < 2; pair += p.warps_per_head) {
-        if (pair != slice) {
-            load_query<D>(p, seq, row0, pair, head_kv, lane, x);
-        }
-        stage_query<K>(p, pair, lane, query_at, x);
-    }
+    stage_pairs<K>(p, seq, row0, head_kv, slice, p.warps_per_head, lane, query_at, x);
     __syncthreads();
     read_query<K>(p, row0, head_kv, lane, query_at, qb, row_factor, slope);
     float bias_[2];

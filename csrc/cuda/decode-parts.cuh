@@ -453,6 +453,19 @@ PYTQ_DEV void stage_query(const decode_params & p, int pair, int lane, int opera
     }
 }
 
+// The pairs first, first + step, ... of the four rows; x holds the first of them already.
+template <class K>
+PYTQ_DEV void stage_pairs(const decode_params & p, int seq, int row0, int head_kv, int first, int step, int lane,
+                          int operand, float x[K::d / 16]) {
+#pragma unroll 1
+    for (int pair = first; pair < 2; pair += step) {
+        if (pair != first) {
+            load_query<K::d>(p, seq, row0, pair, head_kv, lane, x);
+        }
+        stage_query<K>(p, pair, lane, operand, x);
+    }
+}
+
 // The operand, once it is there. row_factor: of rows 2 (j & 1) + {0, 1}, products to logits in units of log2; slope:
 // ALiBi's, in that unit.
 template <class K>

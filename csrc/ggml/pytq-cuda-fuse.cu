@@ -9,13 +9,14 @@ bool pytq_cuda_fusion_enabled() {
     return on;
 }
 
-bool pytq_cuda_branches_enabled() {
+pytq_branches pytq_cuda_find_branches(const ggml_cgraph * graph, const pytq_cache_writes & w,
+                                      const pytq_fresh_token & f, int i) {
 #if defined(GGML_USE_HIP)
-    return false;
+    static const bool on = false;
 #else
     static const bool on = pytq_switch("PYTQ_CUDA_BRANCHES");
-    return on;
 #endif
+    return on ? pytq_find_branches(graph, w, f, i) : pytq_branches();
 }
 
 bool pytq_cuda_is_left_out(const ggml_cgraph * graph, int i) {
@@ -41,8 +42,7 @@ void pytq_cuda_graph_optimize(ggml_cgraph * graph, const ggml_backend_graph_opti
             const pytq_fresh_token f = pytq_find_fresh_token(graph, w);
             pytq_keep_operands(graph, w, params);
             if (f.attention >= 0) {
-                const pytq_branches b =
-                    pytq_cuda_branches_enabled() ? pytq_find_branches(graph, w, f, i) : pytq_branches();
+                const pytq_branches b = pytq_cuda_find_branches(graph, w, f, i);
                 if (b.first < 0) {
                     pytq_move_values_down(graph, w, f, i);
                 }

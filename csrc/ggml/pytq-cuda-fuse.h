@@ -11,8 +11,9 @@
 
 bool pytq_cuda_fusion_enabled();
 
-// Whether keys and values are made beside queries.
-bool pytq_cuda_branches_enabled();
+// pytq_find_branches, none where keys and values are not made beside queries.
+pytq_branches pytq_cuda_find_branches(const ggml_cgraph * graph, const pytq_cache_writes & w,
+                                      const pytq_fresh_token & f, int i);
 
 // Whether node i, a product by a Hadamard matrix, is done by the next cache write.
 bool pytq_cuda_is_left_out(const ggml_cgraph * graph, int i);

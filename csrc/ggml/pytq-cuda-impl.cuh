@@ -10,9 +10,8 @@
 // result is left to the kernel that joins the splits: the launcher then gets a copy of the node whose data is the
 // rotation's result and in whose op_params[pytq_result_param] pytq_result_rotated is set, and stores H x / sqrt(d)
 // instead of x (H: Walsh matrix in natural order). pytq_result_q8_1: as blocks of Q8_1 for the product that follows, in
-// the place of the result in f32. pytq_decode_rotates_output says that the decode launchers honour these flags.
+// the place of the result in f32.
 constexpr int pytq_result_param = 15, pytq_result_rotated = 1, pytq_result_q8_1 = 2;
-constexpr bool pytq_decode_rotates_output = true; // head sizes 64, 128, 256
 
 // Attention of few query rows by the integer tensor-core kernel, one function per family of keys; false if there is no
 // instance for the values' type. check: only tell.

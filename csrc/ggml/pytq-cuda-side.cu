@@ -39,7 +39,7 @@ static void wait_for(cudaStream_t stream, cudaStream_t other, cudaEvent_t event)
 
 // Whether attention behind the writes w takes the newest token as it was before compression.
 static bool takes_fresh_token(const ggml_cgraph * graph, const pytq_fresh_token & f) {
-    return pytq_cuda_fusion_enabled() && pytq_decode_rotates_output && f.attention >= 0 && f.join >= 0 &&
+    return pytq_cuda_fusion_enabled() && f.attention >= 0 && f.join >= 0 &&
            pytq_cuda_few_rows(nullptr, graph->nodes[f.attention], nullptr, true);
 }
 
@@ -88,7 +88,7 @@ static void plan_streams(const ggml_backend_cuda_context & ctx, pytq_cuda_side &
         const pytq_cache_writes w = pytq_find_cache_writes(graph, i, pytq_cuda_fusion_enabled());
         const pytq_fresh_token f = pytq_find_fresh_token(graph, w);
         if (takes_fresh_token(graph, f)) {
-            const pytq_branches b = pytq_cuda_branches_enabled() ? pytq_find_branches(graph, w, f, i) : pytq_branches();
+            const pytq_branches b = pytq_cuda_find_branches(graph, w, f, i);
             const auto all_products = [&](const auto & are) { return std::all_of(b.product, b.product + 3, are); };
             const bool beside =
                 b.first >= 0 && all_products([&](const ggml_tensor * p) { return in_memory_of(ctx, p->src[0]); });
@@ -110,7 +110,7 @@ static void plan_streams(const ggml_backend_cuda_context & ctx, pytq_cuda_side &
     }
 }
 
-// Launches what has to precede node i on either stream, and sets the stream of node i.
+// Has the side stream start where it does up to node i, and sets the stream of node i.
 static void fork_streams(ggml_backend_cuda_context & ctx, pytq_cuda_side & side, int i) {
     for (int j = side.at + 1; j <= i; j++) { // nodes that do nothing are not looked at
         const auto fork = side.forks.find(j);

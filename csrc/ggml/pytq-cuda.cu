@@ -155,12 +155,6 @@ static void copy(ggml_backend_cuda_context & ctx, ggml_tensor * node) {
 
 #if defined(GGML_USE_HIP)
 // One kernel for every shape; the tensor-core kernels below are NVIDIA's.
-constexpr int pytq_result_param = 15, pytq_result_rotated = 1, pytq_result_q8_1 = 2;
-constexpr bool pytq_decode_rotates_output = false;
-struct pytq_cuda_fresh;
-static bool pytq_cuda_few_rows(ggml_backend_cuda_context *, ggml_tensor *, const pytq_cuda_fresh *, bool) {
-    return false;
-}
 static void flash_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     pytq_portable_attention(ctx, dst);
 }
@@ -583,10 +577,16 @@ bool pytq_cuda_compute(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     }
 }
 
+#if defined(GGML_USE_HIP)
+const void * pytq_cuda_quantized(ggml_backend_cuda_context &, const ggml_tensor *) {
+    return nullptr;
+}
+#else
 // Attention whose result, rotated if that is what another node asks for, is stored in `last`. turned: the queries
 // before their rotation, contiguous as its result is, or null. q8_1: stored as blocks of Q8_1.
 static void few_rows_into(ggml_backend_cuda_context & ctx, const ggml_tensor * node, const ggml_tensor * last,
                           const ggml_tensor * turned, const pytq_cuda_fresh * fresh, bool q8_1) {
+    GGML_ASSERT(!q8_1 || node->ne[0] % QK8_1 == 0);
     ggml_cuda_set_device(ctx.device);
     ggml_tensor out = *node, q = *node->src[0];
     if (turned) {
@@ -598,11 +598,6 @@ static void few_rows_into(ggml_backend_cuda_context & ctx, const ggml_tensor * n
     GGML_ASSERT(pytq_cuda_few_rows(&ctx, &out, fresh, false));
 }
 
-#if defined(GGML_USE_HIP)
-const void * pytq_cuda_quantized(ggml_backend_cuda_context &, const ggml_tensor *) {
-    return nullptr;
-}
-#else
 // The token's way into the cache on one stream, attention to it beside on the other.
 static void attend_beside_write(ggml_backend_cuda_context & ctx, pytq_cuda_side & side, const pytq_cuda_token & t,
                                 const ggml_cgraph * graph) {
@@ -645,8 +640,9 @@ int pytq_cuda_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * grap
                 return w.last - i + 1;
             }
             return 0;
+#if !defined(GGML_USE_HIP)
         case GGML_OP_FLASH_ATTN_EXT:
-            if (pytq_decode_rotates_output && (is_compressed(node->src[1]) || is_compressed(node->src[2]))) {
+            if (is_compressed(node->src[1]) || is_compressed(node->src[2])) {
                 const int r = pytq_cuda_fusion_enabled() ? pytq_find_rotated_output(graph, i) : -1;
                 if (r < 0 || !pytq_cuda_few_rows(nullptr, node, nullptr, true)) {
                     return 0;
@@ -655,6 +651,7 @@ int pytq_cuda_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * grap
                 return r - i + 1;
             }
             return 0;
+#endif
         default:
             return 0;
     }

@@ -13,6 +13,14 @@ static bool does_nothing(const ggml_tensor * t) {
     return t->op == GGML_OP_NONE || is_view(t);
 }
 
+// The first node from i on that does something; n_nodes if there is none.
+static int next_node(const ggml_cgraph * graph, int i) {
+    while (i < graph->n_nodes && does_nothing(graph->nodes[i])) {
+        i++;
+    }
+    return i;
+}
+
 static const ggml_tensor * behind_views(const ggml_tensor * t) {
     while (t && is_view(t)) {
         t = t->src[0];
@@ -82,10 +90,7 @@ pytq_cache_writes pytq_find_cache_writes(const ggml_cgraph * graph, int i, bool 
     pytq_cache_writes w = {};
     w.write[w.n_writes++].set_rows = graph->nodes[i];
     w.last = i;
-    int j = i + 1;
-    while (j < graph->n_nodes && does_nothing(graph->nodes[j])) {
-        j++;
-    }
+    const int j = next_node(graph, i + 1);
     if (j < graph->n_nodes && pytq_is_cache_write(graph->nodes[j]) &&
         graph->nodes[j]->view_src != graph->nodes[i]->view_src) {
         w.write[w.n_writes++].set_rows = graph->nodes[j];
@@ -138,10 +143,7 @@ int pytq_find_rotated_output(const ggml_cgraph * graph, int i) {
     if (node->op != GGML_OP_FLASH_ATTN_EXT) {
         return -1;
     }
-    int j = i + 1;
-    while (j < graph->n_nodes && does_nothing(graph->nodes[j])) {
-        j++;
-    }
+    const int j = next_node(graph, i + 1);
     const ggml_tensor * r = j < graph->n_nodes ? graph->nodes[j] : nullptr;
     if (!r || !pytq_is_rotation(r) || !(r->flags & GGML_TENSOR_FLAG_COMPUTE) || r->ne[0] != node->ne[0] ||
         behind_views(r->src[1]) != node || !only_use(graph, r->src[1], node)) {
@@ -157,10 +159,7 @@ int pytq_find_rotated_output(const ggml_cgraph * graph, int i) {
 
 int pytq_find_only_product(const ggml_cgraph * graph, int i) {
     const ggml_tensor * node = graph->nodes[i];
-    int j = i + 1;
-    while (j < graph->n_nodes && does_nothing(graph->nodes[j])) {
-        j++;
-    }
+    const int j = next_node(graph, i + 1);
     const ggml_tensor * p = j + 1 < graph->n_nodes ? graph->nodes[j] : nullptr;
     return p && p->op == GGML_OP_MUL_MAT && (p->flags & GGML_TENSOR_FLAG_COMPUTE) && ggml_nrows(p->src[1]) == 1 &&
                    behind_views(p->src[1]) == node && only_use(graph, p->src[1], node)
@@ -185,10 +184,7 @@ static bool writes_one_token_of(const pytq_cache_write & w, const ggml_tensor * 
 
 pytq_fresh_token pytq_find_fresh_token(const ggml_cgraph * graph, const pytq_cache_writes & w) {
     pytq_fresh_token f = {-1, -1, false, nullptr, nullptr, nullptr, nullptr, -1, 0, 0};
-    int i = w.last + 1;
-    while (i < graph->n_nodes && does_nothing(graph->nodes[i])) {
-        i++;
-    }
+    const int i = next_node(graph, w.last + 1);
     if (w.n_writes != 2 || i == graph->n_nodes || graph->nodes[i]->op != GGML_OP_FLASH_ATTN_EXT ||
         !(graph->nodes[i]->flags & GGML_TENSOR_FLAG_COMPUTE)) {
         return f;

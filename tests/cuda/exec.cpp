@@ -176,27 +176,24 @@ void check_cuda(cudaError_t e) {
     }
 }
 
-// Values of blocks of Q8_1, as upstream's ggml-common.h has them: scale and sum in half precision, 32 bytes. Each value
-// comes with half a step, by which it may differ from what was rounded; the sum must be that of `want`.
-struct q8_1_row {
-    std::vector<double> values, half_steps;
-    bool sums_right = true;
-    q8_1_row(const char * block, const std::vector<double> & want) {
-        for (size_t c = 0; c < want.size(); c += 32, block += 36) {
-            const float scale = __half2float(((const __half *) block)[0]),
-                        sum = __half2float(((const __half *) block)[1]);
-            double exact = 0.0, size = 0.0;
-            for (int i = 0; i < 32; i++) {
-                values.push_back(scale * (double) (int8_t) block[4 + i]);
-                // the scale is rounded too: half precision has 11 bits, fewer below 2^-14
-                const double scale_error = std::max(scale / 2048.0, pow(2.0, -25.0));
-                half_steps.push_back(0.5 * scale + abs((int8_t) block[4 + i]) * scale_error);
-                exact += want[c + i], size += fabs(want[c + i]);
-            }
-            sums_right = sums_right && fabs(sum - exact) <= 1e-3 * size && scale <= size / 127.0 * 1.001;
+// How far values from `first` on are from those wanted, beyond what rounding to blocks of Q8_1 does; infinite if a sum
+// or a scale is wrong.
+std::vector<double> q8_1_errors(const char * out, size_t first, const std::vector<double> & want) {
+    std::vector<double> errors;
+    for (size_t c = 0; c < want.size(); c += 32) {
+        const q8_1_block block((const __half *) (out + (first + c) / 32 * q8_1_block::bytes), __half2float);
+        double exact = 0.0, size = 0.0;
+        for (int i = 0; i < 32; i++) {
+            const double off = fabs(block.value(i) - want[c + i]);
+            errors.push_back(std::max(0.0, off - 0.5 * block.step - block.scale_error(i)));
+            exact += want[c + i], size += fabs(want[c + i]);
+        }
+        if (!(fabs(block.sum - exact) <= 1e-3 * size && block.step <= size / 127.0 * 1.001)) {
+            errors.back() = INFINITY;
         }
     }
-};
+    return errors;
+}
 
 template <int KT, int VT> void run(const attention & a, const std::string & line) {
     constexpr int d = pytq::type<KT>::d;
@@ -252,7 +249,7 @@ template <int KT, int VT> void run(const attention & a, const std::string & line
         p.rotate_query = p.rotate;
     }
     const size_t n_values = (size_t) a.n_seq * n_head * a.n_q * d;
-    output<char> out(a.q8_1 ? n_values / 32 * pytq::q8_1_bytes : n_values * sizeof(float));
+    output<char> out(a.q8_1 ? n_values / 32 * q8_1_block::bytes : n_values * sizeof(float));
     p.dst = out.data, p.q8_1 = a.q8_1;
 
     shim::device & device = shim::device_;
@@ -328,18 +325,12 @@ template <int KT, int VT> void run(const attention & a, const std::string & line
                 want[c] = sum > 0.0 ? want[c] / sum : 0.0;
             }
             const size_t first = (((size_t) seq * a.n_q + iq) * n_head + head) * d;
-            if (a.q8_1) {
-                const q8_1_row got(out.data + first / 32 * pytq::q8_1_bytes, want);
-                for (int c = 0; c < d; c++) {
-                    const double e = std::max(0.0, fabs(got.values[c] - want[c]) - got.half_steps[c]);
-                    row_err += e * e, row_norm += want[c] * want[c];
+            std::vector<double> errors = a.q8_1 ? q8_1_errors(out.data, first, want) : want;
+            for (int c = 0; c < d; c++) {
+                if (!a.q8_1) {
+                    errors[c] -= ((const float *) out.data)[first + c];
                 }
-                row_err += got.sums_right ? 0.0 : INFINITY;
-            } else {
-                for (int c = 0; c < d; c++) {
-                    const double e = ((const float *) out.data)[first + c] - want[c];
-                    row_err += e * e, row_norm += want[c] * want[c];
-                }
+                row_err += errors[c] * errors[c], row_norm += want[c] * want[c];
             }
             err += row_err, norm += row_norm;
             worst = std::max(worst, std::isfinite(row_err) ? sqrt(row_err / (row_norm + 1e-30)) : INFINITY);

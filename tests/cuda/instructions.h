@@ -91,7 +91,7 @@ inline void check_copy(int to, const void * from, int bytes) {
     fail("a copy reads outside the buffers");
 }
 
-// Barrier of one arrival in 8 bytes of shared memory.
+// Barrier in 8 bytes of shared memory.
 struct mbarrier {
     uint8_t magic, phase, pending, arrivals; // still to come in this phase, and in each
     int32_t bytes; // announced and not arrived; below 0 if some arrive before they are announced

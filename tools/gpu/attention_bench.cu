@@ -125,22 +125,20 @@ static int wrong_blocks(runner<KT, VT> & r, const std::vector<float> & values, A
     }
     r.p.q8_1 = true;
     r.run(at...);
-    std::vector<uint8_t> blocks(values.size() / 32 * pytq::q8_1_bytes);
+    std::vector<uint8_t> blocks(values.size() / 32 * q8_1_block::bytes);
     CHECK(cudaMemcpy(blocks.data(), r.out, blocks.size(), cudaMemcpyDeviceToHost));
     int wrong = 0;
     for (size_t b = 0; b < values.size() / 32; b++) {
-        const uint8_t * const block = &blocks[b * pytq::q8_1_bytes];
+        const q8_1_block block((const __half *) &blocks[b * q8_1_block::bytes], __half2float);
         const float * const x = &values[32 * b];
-        const float step = __half2float(((const __half *) block)[0]), total = __half2float(((const __half *) block)[1]);
         float sum = 0.0f, size = 0.0f;
         bool right = true;
         for (int i = 0; i < 32; i++) {
-            const float q = (float) (int8_t) block[4 + i];
             // (as one run may differ from the next in the last bits of a value)
-            right = right && fabsf(q * step - x[i]) <= 0.51f * step + fabsf(q) * fmaxf(step / 2048.0f, 3e-8f);
+            right = right && fabs(block.value(i) - x[i]) <= 0.51 * block.step + block.scale_error(i);
             sum += x[i], size += fabsf(x[i]);
         }
-        wrong += !(right && fabsf(total - sum) <= 1e-3f * size + 3e-8f);
+        wrong += !(right && fabsf(block.sum - sum) <= 1e-3f * size + 3e-8f);
     }
     return wrong;
 }

@@ -1,8 +1,11 @@
-// Random vectors and the Walsh product in double precision, for the harnesses on GPUs and for tests/cuda. No CUDA here.
+// Random vectors, the Walsh product in double precision and blocks of Q8_1, for the harnesses on GPUs and for
+// tests/cuda. No CUDA here.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <cstdint>
 #include <random>
 #include <vector>
 
@@ -26,3 +29,17 @@ inline std::vector<double> walsh(const std::vector<double> & x) {
     }
     return y;
 }
+
+// A block of Q8_1 as upstream's ggml-common.h has it: scale and sum of 32 values in half precision (HALF, which
+// to_float reads), then their bytes.
+struct q8_1_block {
+    static constexpr int bytes = 36;
+    float step, sum;
+    const int8_t * levels;
+    template <class HALF, class F>
+    q8_1_block(const HALF * at, const F & to_float)
+        : step(to_float(at[0])), sum(to_float(at[1])), levels((const int8_t *) (at + 2)) {}
+    double value(int i) const { return (double) step * levels[i]; }
+    // By how much value i may be off because the scale is rounded: half precision has 11 bits, fewer below 2^-14.
+    double scale_error(int i) const { return std::abs(levels[i]) * std::max(step / 2048.0, 0x1p-25); }
+};

@@ -7,7 +7,9 @@
 // half of a chunk counts. batch: it is evaluated at once; decode: token by token. Prints one JSON object per line.
 // Exit code 2 if the arguments make no sense, 1 if the model or a cache cannot be made.
 //
-//   g++ -O2 -std=c++17 kld.cpp -I SRC/include -I SRC/ggml/include -L BUILD/bin -lllama -lggml -lggml-base -o kld
+//   g++ -O2 -std=c++17 tools/gpu/kld.cpp -I SRC/include -I SRC/ggml/include -L BUILD/bin -lllama -lggml -lggml-base -o
+//   kld
+#include "../../csrc/pytq.h"
 #include "ggml-backend.h"
 #include "llama.h"
 
@@ -19,8 +21,6 @@
 #include <fstream>
 #include <string>
 #include <vector>
-
-extern "C" int pytq_type_from_name(const char *);
 
 // -1: no type of a cache
 static int type_of(const std::string & name) {
